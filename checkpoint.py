@@ -1,0 +1,154 @@
+"""Checkpoints: save, verify, load, prune. They hold tensors, numbers, strings, lists and dicts, and nothing else, so
+that loading one never runs code. Writing is atomic: a crash at any instant leaves the old file or the new one."""
+
+import errno
+import os
+import re
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from configurator import UserError
+from model import GPT, GPTConfig
+from tokenizer import from_state
+
+LATEST, BEST, FINAL = 'checkpoint.pt', 'best_checkpoint.pt', 'final_checkpoint.pt'
+
+
+def write_atomically(path, write):
+    """Call `write(f)` on a temporary binary file beside `path`; once it is safely on disk, rename it to `path`."""
+    path = Path(path)
+    tmp = path.with_name(path.name + '.tmp')
+    try:
+        with open(tmp, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        if os.name == 'posix':                      # the rename itself must survive a power cut, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise UserError(f'cannot write {path}: {e.strerror}; what was there before is untouched') from None
+        raise
+    except RuntimeError as e:                       # torch.save reports a full disk as one of these
+        tmp.unlink(missing_ok=True)
+        if shutil.disk_usage(path.parent).free < 1 << 20:
+            raise UserError(f'cannot write {path}: the disk is full; what was there before is untouched') from None
+        raise e
+
+
+def save_checkpoint(out_dir, checkpoint, names):
+    """Write `checkpoint` once and give it all of `names` in `out_dir` (hard links, or copies where there are none)."""
+    first, *others = [Path(out_dir, name) for name in names]
+    write_atomically(first, lambda f: torch.save(checkpoint, f))
+    for other in others:
+        tmp = other.with_name(other.name + '.tmp')
+        tmp.unlink(missing_ok=True)
+        try:
+            os.link(first, tmp)
+        except OSError:
+            shutil.copyfile(first, tmp)
+        os.replace(tmp, other)
+
+
+def prune_checkpoints(out_dir, keep):
+    """Delete all but the `keep` newest checkpoint_iter_N.pt in `out_dir`; keep=0 keeps all."""
+    numbered = sorted((int(p.stem.rsplit('_', 1)[1]), p) for p in Path(out_dir).glob('checkpoint_iter_*.pt')
+                      if re.fullmatch(r'checkpoint_iter_\d+', p.stem))
+    for _, path in numbered[:-keep] if keep else []:
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint file, on the CPU. Raises UserError if it is missing, damaged, or more than data."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'there is no checkpoint {path}')
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()                 # reads everything, comparing checksums: a flipped bit is found
+        if bad is not None:
+            raise zipfile.BadZipFile(f'the checksum of {bad} does not match')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, KeyError) as e:
+        raise UserError(f'{path} is damaged ({str(e).splitlines()[0]}); use another checkpoint') from None
+    except Exception as e:                          # UnpicklingError: it holds objects whose loading would run code
+        raise UserError(f'{path} holds more than tensors and plain values, so it is not loaded '
+                        f'({str(e).splitlines()[0][:120]})') from None
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+        raise UserError(f'{path} is not a checkpoint of a GPT: it has no model and model_args')
+    # nanoGPT's files carry torch.compile's prefix, and have no switches: there the GELU is the exact one
+    model = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+    checkpoint['model'] = {k: v for k, v in model.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
+    if 'mlp' not in checkpoint['model_args']:
+        checkpoint['model_args']['mlp'] = 'gelu_erf'
+    return checkpoint
+
+
+def find_checkpoints(out_dir):
+    """The checkpoint files in `out_dir` as a run would resume from them, the newest first."""
+    found = list(Path(out_dir).glob('*checkpoint*.pt')) + list(Path(out_dir).glob('ckpt.pt'))
+    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name == LATEST), reverse=True)
+
+
+def load_newest(out_dir):
+    """(path, checkpoint) of the newest good checkpoint in `out_dir`; damaged ones are named and passed over."""
+    for path in find_checkpoints(out_dir):
+        try:
+            return path, load_checkpoint(path)
+        except UserError as e:
+            print(f'warning: {e}', file=sys.stderr)
+    raise UserError(f'there is no usable checkpoint in {out_dir}; train first, or name another with --init_from')
+
+
+def pick_checkpoint(init_from, out_dir):
+    """(path, checkpoint) for sampling or evaluating. `init_from` is a file, a folder, or 'auto': `out_dir`, and if
+    nothing is there, the newest run in a folder of it. A folder's best checkpoint counts, or else its newest."""
+    if init_from != 'auto':
+        if Path(init_from).is_file():
+            return Path(init_from), load_checkpoint(init_from)
+        if not Path(init_from).is_dir():
+            raise UserError(f'there is no checkpoint file or folder {init_from!r}')
+        out_dir = init_from
+    folder = Path(out_dir)
+    if not find_checkpoints(folder):
+        runs = [files[0] for d in folder.glob('*/') if (files := find_checkpoints(d))]
+        if init_from == 'auto' and runs:
+            folder = max(runs, key=lambda p: p.stat().st_mtime_ns).parent
+    if (folder / BEST).is_file():
+        try:
+            return folder / BEST, load_checkpoint(folder / BEST)
+        except UserError as e:
+            print(f'warning: {e}', file=sys.stderr)
+    return load_newest(folder)
+
+
+def build_model(checkpoint, path='checkpoint', **changes):
+    """The GPT that a checkpoint holds, on the CPU, in evaluation mode; `changes` are settings such as dropout=0.1.
+
+    Raises UserError if weights are missing, superfluous or of another shape.
+    """
+    try:
+        model = GPT(GPTConfig(**{**checkpoint['model_args'], **changes}))
+        model.load_state_dict(checkpoint['model'])
+    except (RuntimeError, ValueError, TypeError) as e:
+        raise UserError(f'{path} does not fit this model: {" ".join(str(e).split())[:300]}') from None
+    return model.eval()
+
+
+def tokenizer_of(checkpoint, path='checkpoint'):
+    """The tokenizer kept in a checkpoint. nanoGPT's checkpoints keep none: theirs is found through the data set."""
+    if 'tokenizer' in checkpoint:
+        tokenizer = from_state(checkpoint['tokenizer'])
+        if tokenizer.fingerprint != checkpoint.get('tokenizer_fingerprint', tokenizer.fingerprint):
+            raise UserError(f'the tokenizer in {path} does not match its fingerprint; use another checkpoint')
+        return tokenizer
+    from dataset import dataset_tokenizer, find_dataset
+    return dataset_tokenizer(find_dataset(checkpoint.get('config', {}).get('dataset', 'openwebtext'), missing_ok=True))

@@ -1,0 +1,191 @@
+"""Settings from a script's own globals, changed by config files and by `--key=value` on the command line.
+
+A script writes its settings as plain assignments at its top, and then one line:
+
+    config = configure(globals())
+
+The names, defaults and comments are read from the script's source, so `--help` cannot disagree with the code.
+Later wins: `python train.py config/a.py config/b.py --learning_rate=1e-3`.
+"""
+
+import ast
+import builtins
+import difflib
+import io
+import os
+import sys
+import tokenize
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can put right. The message says what is wrong and what to do, in one or two lines."""
+
+
+def configure(namespace, argv=None):
+    """Change the settings in `namespace` as config files and the command line say; return all of them as a dict.
+
+    namespace: the calling script's globals(). argv: the arguments, `sys.argv[1:]` unless given. A script that is
+    imported by another one, and so is not the one that the arguments are for, keeps its defaults.
+    Raises UserError for an unknown key, a wrong type or a config file that fails; exits 0 after `--help`.
+    """
+    if namespace.get('__name__') == '__main__':
+        _end_errors_kindly()
+    path = namespace['__file__']
+    source = Path(path).read_text(encoding='utf-8')
+    comments, sections = _read_comments(source)
+    settings = {name: namespace[name] for name in comments}
+    kinds = {name: type(value) for name, value in settings.items()}    # the defaults fix the types
+
+    mine = sys.argv[1:] if namespace.get('__name__') == '__main__' else []
+    args = list(mine if argv is None else argv)
+    while args:
+        arg = args.pop(0)
+        if arg in ('--help', '-h'):
+            print(_help(path, ast.get_docstring(ast.parse(source)), settings, comments, sections))
+            raise SystemExit(0)
+        if not arg.startswith('--'):
+            for name, value in _run_config_file(arg, settings).items():
+                settings[name] = _checked(name, value, kinds, f'in {arg}')
+            continue
+        name, equals, text = arg[2:].partition('=')    # only the first `=` divides; a value may hold more of them
+        _must_exist(name, settings, 'on the command line')
+        if not equals:
+            is_value = bool(args) and (args[0].lower() in _BOOLS if kinds[name] is bool else args[0][:2] != '--')
+            if is_value:
+                text = args.pop(0)
+            elif kinds[name] is bool:
+                text = 'True'
+            else:
+                raise UserError(f'--{name} needs a value: --{name}={settings[name]}')
+        settings[name] = _checked(name, text, kinds, 'on the command line', from_text=True)
+
+    namespace.update(settings)
+    return settings
+
+
+_BOOLS = {'true': True, '1': True, 'false': False, '0': False}
+
+
+def _must_exist(name, settings, where):
+    if name not in settings:
+        near = difflib.get_close_matches(name.replace('-', '_'), settings, n=1, cutoff=0.5)
+        hint = f'did you mean {near[0]}?' if near else '--help lists all of them'
+        raise UserError(f'unknown setting {name!r} {where}; {hint}')
+
+
+def _checked(name, value, kinds, where, from_text=False):
+    """`value` as the setting's type, or UserError. Text is read as the type; a config file's value must be of it."""
+    kind = kinds[name]
+    try:
+        if kind is str:
+            return value if isinstance(value, str) else str(value)
+        if kind is bool:
+            return _BOOLS[value.lower()] if from_text else {True: True, False: False}[value]
+        if isinstance(value, (bool, type(None), list, dict, tuple)):
+            raise ValueError
+        if kind is int:
+            try:
+                return int(value) if from_text or isinstance(value, int) else _whole(value)
+            except ValueError:
+                return _whole(float(value))            # 1e3 is an int if it is whole
+        if kind is float:
+            return float(value)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        pass
+    article = {int: 'a whole number', float: 'a number', bool: 'true or false'}.get(kind, kind.__name__)
+    raise UserError(f'{name} should be {article}, not {value!r} ({where})')
+
+
+def _whole(number):
+    if not float(number).is_integer():
+        raise ValueError
+    return int(number)
+
+
+def _run_config_file(path, settings):
+    """Execute a config file the user wrote and return the settings it assigned; it may use those set so far."""
+    if not Path(path).is_file():
+        known = [p.as_posix() for p in Path('config').glob('*.py')]
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+        hint = f'did you mean {near[0]}?' if near else 'settings are given as --key=value'
+        raise UserError(f'no config file {path!r}; {hint}')
+    scope = dict(settings, __file__=path, __name__='__config__')
+    try:
+        exec(builtins.compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), scope)
+    except Exception as e:
+        line = e.lineno if isinstance(e, SyntaxError) else _last_line(e)
+        raise UserError(f'{path}, line {line}: {type(e).__name__}: {getattr(e, "msg", None) or e}') from None
+    changed = {}
+    for name, value in scope.items():
+        if name.startswith('_') or callable(value) or type(value).__name__ == 'module':
+            continue                                   # helpers and imports of the file's own are not settings
+        _must_exist(name, settings, f'in {path}')
+        if value is not settings[name]:
+            changed[name] = value
+    return changed
+
+
+def _last_line(error):
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    return trace.tb_lineno
+
+
+def _read_comments(source):
+    """The settings in `source`, before it calls configure: {name: comment} and {name: heading above it}, in order."""
+    lines = source.splitlines()
+    trailing = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            trailing[token.start[0]] = token.string.lstrip('# ')
+    comments, sections, heading, last_line = {}, {}, '', 0
+    for node in ast.parse(source).body:
+        is_assignment = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        if is_assignment and isinstance(node.value, ast.Call):
+            if getattr(node.value.func, 'id', '') == 'configure':
+                break
+        if not is_assignment or node.targets[0].id.startswith('_'):
+            last_line = node.end_lineno
+            continue
+        above = [l.lstrip('# ') for l in lines[last_line:node.lineno - 1] if l.startswith('# ') and '---' not in l]
+        heading = ' '.join(above) if above else heading
+        name = node.targets[0].id
+        comments[name], sections[name] = trailing.get(node.end_lineno, ''), heading
+        last_line = node.end_lineno
+    return comments, sections
+
+
+def _help(path, docstring, settings, comments, sections):
+    script = os.path.basename(path)
+    out = [docstring or '', '', f'usage: python {script} [config/file.py ...] [--key=value ...]']
+    width = max(len(f'--{name}={value!r}') for name, value in settings.items())
+    heading = None
+    for name, value in settings.items():
+        if sections[name] != heading:
+            heading = sections[name]
+            out += ['', heading]
+        out.append(f'  {f"--{name}={value!r}":<{min(width, 40)}}  {comments[name]}')
+    return '\n'.join(out)
+
+
+def _end_errors_kindly():
+    """From here on a UserError ends the process with its message on stderr and status 2, Ctrl-C with status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream.encoding and stream.encoding.lower().replace('-', '') != 'utf8':
+            stream.reconfigure(encoding='utf-8', errors='replace')      # a Windows console may be set to GBK
+
+    def hook(kind, value, trace):
+        if issubclass(kind, KeyboardInterrupt):
+            raise SystemExit(130)
+        if issubclass(kind, UserError):
+            print(f'error: {value}', file=sys.stderr)
+            raise SystemExit(2)
+        if kind.__name__ == 'OutOfMemoryError':
+            print(f'error: {str(value).splitlines()[0]}\nlower batch_size or block_size (accumulation keeps '
+                  'total_batch_size as it is)', file=sys.stderr)
+            raise SystemExit(2)
+        sys.__excepthook__(kind, value, trace)
+
+    sys.excepthook = hook

@@ -1,0 +1,388 @@
+"""Token shards: writing them, checking them, turning them into batches.
+
+A shard is llm.c's layout: 256 little-endian int32 (magic, version, token count, the rest 0), then the tokens as uint16,
+or as uint32 if the vocabulary has more than 65,536 ids. Headerless uint16 files (nanoGPT) and .npy (build-nanogpt)
+are read as they are. NAME.mask.bin beside NAME.bin, one byte a token, says which tokens are trained on.
+
+Batches are a pure function of (dataset, seed, step, layout of processes). There is no state to save or to lose.
+"""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import write_atomically
+from configurator import UserError
+from tokenizer import from_state, gpt2_tokenizer, load_tokenizer
+
+HEADER = 256                                        # int32
+FORMATS = {20240520: (1, np.dtype('<u2')), 20240801: (7, np.dtype('<u4'))}      # magic: (version, dtype of a token)
+IGNORE = -100                                       # a target that is not trained on, as in F.cross_entropy
+
+# -----------------------------------------------------------------------------
+# writing
+
+
+class ShardWriter:
+    """Writes tokens into `folder`/`split`_000000.bin, 000001, ... of at most `shard_size` tokens each.
+
+    They are named *.bin.tmp until finish() renames them all, so that a run cut short leaves nothing that looks whole.
+    """
+
+    def __init__(self, folder, split, vocab_size, shard_size=100_000_000, with_mask=False):
+        self.folder, self.split, self.shard_size, self.with_mask = Path(folder), split, shard_size, with_mask
+        self.magic = 20240520 if vocab_size <= 65536 else 20240801
+        self.version, self.dtype = FORMATS[self.magic]
+        self.shards, self.files, self.count = [], [], 0     # (path, tokens) so far; open files and tokens of this one
+
+    def write(self, tokens, mask=None):
+        """Append a list or array of ids, and one 0 or 1 for each if the data set has masks."""
+        tokens = np.asarray(tokens, dtype=self.dtype)
+        mask = np.asarray(mask, dtype=np.uint8) if self.with_mask else None
+        while len(tokens):
+            if not self.files:
+                path = self.folder / f'{self.split}_{len(self.shards):06d}.bin.tmp'
+                self.files = [open(path, 'wb')]
+                self.files[0].write(bytes(4 * HEADER))
+                if self.with_mask:
+                    self.files.append(open(_mask_path(path), 'wb'))
+                self.shards.append(path)
+            room = self.shard_size - self.count
+            self.files[0].write(tokens[:room].tobytes())
+            if self.with_mask:
+                self.files[1].write(mask[:room].tobytes())
+                mask = mask[room:]
+            self.count += len(tokens[:room])
+            tokens = tokens[room:]
+            if self.count == self.shard_size:
+                self._close_shard()
+
+    def _close_shard(self):
+        if self.files:
+            header = np.zeros(HEADER, dtype='<i4')
+            header[:3] = self.magic, self.version, self.count
+            self.files[0].seek(0)
+            self.files[0].write(header.tobytes())
+            for f in self.files:
+                f.close()
+            self.files, self.count = [], 0
+
+    def finish(self):
+        """Close and rename the shards; return [{'file', 'tokens', 'sha256'}] for meta.json."""
+        self._close_shard()
+        described = []
+        for tmp in self.shards:
+            path = tmp.with_name(tmp.name.removesuffix('.tmp'))
+            if self.with_mask:
+                _mask_path(tmp).replace(_mask_path(path))
+            tmp.replace(path)
+            described.append({'file': path.name, 'tokens': (path.stat().st_size - 4 * HEADER) // self.dtype.itemsize,
+                              'sha256': sha256_of(path)})
+        return described
+
+
+def _mask_path(path):
+    return path.with_name(path.name.replace('.bin', '.mask.bin'))
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def clear_dataset(folder):
+    """Make `folder` if need be, and remove what an earlier preparation left there: meta.json first, then the shards.
+
+    Raises UserError if it holds shards that we did not make, or cannot be written.
+    """
+    folder = Path(folder)
+    if any(folder.glob('*.bin')) and not (folder / 'meta.json').exists() and not any(folder.glob('*.bin.tmp')):
+        raise UserError(f'{folder} holds shards made by another project; choose another folder with --out')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'cannot make the folder {folder}: {e.strerror}; choose another with --out') from None
+    for pattern in ('meta.json', '*.bin.tmp', 'tokenizer.json', 'train*.bin', 'val*.bin'):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def write_meta(folder, tokenizer, shards, source, split, template=''):
+    """Write meta.json, which says that the data set is whole. shards: {'train': writer.finish(), 'val': ...}."""
+    meta = {'format': 1, 'tokenizer': tokenizer.kind, 'fingerprint': tokenizer.fingerprint,
+            'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'template': template,
+            'source': source, 'split': split, 'shards': shards}
+    text = json.dumps(meta, ensure_ascii=False, indent=1) + '\n'
+    write_atomically(Path(folder, 'meta.json'), lambda f: f.write(text.encode('utf-8')))
+    return meta
+
+
+# -----------------------------------------------------------------------------
+# finding and reading
+
+
+def find_dataset(name, missing_ok=False):
+    """The folder for a data set's name (under data/) or path. Raises UserError if it is not there or half made."""
+    folder = Path('data', name) if Path('data', name).is_dir() else Path(name)
+    if not folder.is_dir():
+        if missing_ok:
+            return folder
+        made = sorted(p.parent.name for p in Path('data').glob('*/meta.json'))
+        raise UserError(f'there is no data set {name!r} under data/ and no folder of that name'
+                        + (f' (there is: {", ".join(made)})' if made else '')
+                        + f'\nmake it first: python prepare_data.py --dataset={name}')
+    ours = any(folder.glob('*.bin.tmp')) or (folder / 'tokenizer.json').exists()
+    if ours and not (folder / 'meta.json').exists():
+        raise UserError(f'{folder} is half made: its preparation was cut short; run it again')
+    return folder
+
+
+def read_meta(folder):
+    """meta.json as a dict; {} for shards that another project made."""
+    path = Path(folder, 'meta.json')
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        return {key: meta[key] for key in ('tokenizer', 'fingerprint', 'vocab_size', 'template', 'shards')}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}); prepare the data again') from None
+
+
+def dataset_tokenizer(folder):
+    """The tokenizer that made the shards in `folder`: meta.json says which, or nanoGPT's meta.pkl, or it is GPT-2's."""
+    folder, meta = Path(folder), read_meta(folder)
+    if not meta:
+        pickled = folder / 'meta.pkl'
+        return _nanogpt_characters(pickled) if pickled.exists() else gpt2_tokenizer()
+    tokenizer = from_state({'kind': 'gpt2'}) if meta['tokenizer'] == 'gpt2' else load_tokenizer(folder)
+    if tokenizer.fingerprint != meta['fingerprint']:
+        raise UserError(f'{folder}/tokenizer.json is not the one that made these shards; prepare the data again')
+    return tokenizer
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def _nanogpt_characters(path):
+    try:
+        with open(path, 'rb') as f:
+            itos = _PlainUnpickler(f).load()['itos']
+        chars = ''.join(itos[i] for i in range(len(itos)))
+        return from_state({'kind': 'char', 'chars': chars, 'eot': ''})
+    except Exception as e:                          # a pickle can fail in any way at all
+        raise UserError(f"{path} is not nanoGPT's table of characters ({e}); it is not loaded") from None
+
+
+def open_shard(path, headerless_ok=True):
+    """The tokens of one shard as a read-only memory map, uint16 or uint32. Raises UserError if the file is damaged."""
+    path = Path(path)
+    if path.suffix == '.npy':
+        try:
+            tokens = np.load(path, mmap_mode='r', allow_pickle=False)
+        except (ValueError, OSError, EOFError) as e:
+            raise UserError(f'{path} cannot be read as a .npy file ({e}); make or fetch it again') from None
+        if tokens.ndim != 1 or tokens.dtype.kind not in 'ui':
+            raise UserError(f'{path} holds {tokens.ndim}-dimensional {tokens.dtype}, not a row of token ids')
+        return tokens
+    size = path.stat().st_size
+    head = np.fromfile(path, dtype='<i4', count=HEADER)
+    if len(head) and head[0] in FORMATS:
+        version, dtype = FORMATS[head[0]]
+        if len(head) < HEADER or head[1] != version:
+            raise UserError(f'{path} has a header of version {head[1] if len(head) > 1 else "?"}, not {version}; '
+                            'make or fetch it again')
+        if size != 4 * HEADER + int(head[2]) * dtype.itemsize:
+            raise UserError(f'{path} is cut short or damaged: its header counts {head[2]:,} tokens, the file holds '
+                            f'{(size - 4 * HEADER) / dtype.itemsize:,.1f}; make or fetch it again')
+        return np.memmap(path, dtype=dtype, mode='r', offset=4 * HEADER, shape=(int(head[2]),))
+    looks_like_a_header = len(head) == HEADER and not head[3:].any()
+    if looks_like_a_header or not headerless_ok or size % 2 or size == 0:
+        raise UserError(f'{path} is not a token shard: magic {head[0] if len(head) else "none"}, not 20240520 or '
+                        '20240801; make or fetch it again')
+    return np.memmap(path, dtype='<u2', mode='r')   # nanoGPT's: no header, just tokens
+
+
+class TokenDataset:
+    """The shards of one split as one long row of tokens, cut into windows of block_size inputs and as many targets.
+
+    folder, split: which. batch_size: windows in a micro-batch. A step's global batch is grad_accum_steps micro-batches
+    of batch_size windows on each of world_size processes; which windows those are does not depend on the layout.
+    """
+
+    def __init__(self, folder, split, block_size, vocab_size, batch_size, seed=1337,
+                 grad_accum_steps=1, rank=0, world_size=1):
+        folder, meta = Path(folder), read_meta(folder)
+        if meta:
+            paths = [folder / shard['file'] for shard in meta['shards'].get(split, [])]
+            missing = [p.name for p in paths if not p.exists()]
+            if missing:
+                raise UserError(f'{folder} lacks {", ".join(missing[:3])}, which meta.json names; prepare it again')
+        else:                                       # train.bin, train_000001.bin, edufineweb_train_000001.npy, ...
+            paths = sorted(p for kind in ('bin', 'npy') for p in folder.glob(f'*{split}*.{kind}')
+                           if not p.name.endswith('.mask.bin'))
+        if not paths:
+            raise UserError(f'{folder} has no {split} shards (*{split}*.bin or .npy); prepare the data first')
+        self.split, self.paths = split, paths
+        self.shards = [open_shard(p, headerless_ok=not meta) for p in paths]
+        self.ends = np.cumsum([len(s) for s in self.shards])       # where each shard ends in the long row
+        self.n_tokens = int(self.ends[-1])
+        self.block_size, self.vocab_size, self.batch_size, self.seed = block_size, vocab_size, batch_size, seed
+        self.grad_accum_steps, self.rank, self.world_size = grad_accum_steps, rank, world_size
+        self.masks = None
+        if any(_mask_path(p).exists() for p in paths):
+            self.masks = [np.memmap(_mask_path(p), dtype=np.uint8, mode='r') if _mask_path(p).exists()
+                          else np.broadcast_to(np.uint8(1), len(s)) for p, s in zip(paths, self.shards, strict=True)]
+            for p, s, m in zip(paths, self.shards, self.masks, strict=True):
+                if len(m) != len(s):
+                    raise UserError(f'{_mask_path(p)} has {len(m):,} bytes for {len(s):,} tokens; prepare it again')
+            self._pack_documents(int(self.shards[0][0]))           # a shard begins with its end-of-text token
+        else:
+            self.n_windows = (self.n_tokens - 1) // block_size
+        if self.n_windows < 1:
+            raise UserError(f'the {split} split of {folder} has {self.n_tokens:,} tokens, too few for one window of '
+                            f'block_size {block_size}; lower --block_size, or prepare more text')
+
+    def _pack_documents(self, eot):
+        """Masked data: a window starts at a document's start and holds as many whole documents as fit, each with the
+        end-of-text token behind it, so no question is parted from its answer and every answer is trained on once."""
+        room = self.block_size + 1
+        tokens = np.concatenate(self.shards)
+        bounds = np.flatnonzero(tokens == eot)                     # a document's start is the end of the one before
+        if bounds[-1] != self.n_tokens - 1:
+            bounds = np.append(bounds, self.n_tokens)
+        starts, stops, first = [], [], 0
+        while first < len(bounds) - 1:
+            fits = int(np.searchsorted(bounds, bounds[first] + room - 1, side='right')) - 1
+            last = max(fits, first + 1)                            # one that is too long is cut, not lost
+            starts.append(bounds[first])
+            stops.append(min(bounds[last] + 1, bounds[first] + room, self.n_tokens))
+            first = last
+        self.row_starts, self.row_stops = np.array(starts), np.array(stops)
+        trained = np.concatenate(([0], np.cumsum(np.concatenate(self.masks), dtype=np.int64)))
+        self.row_targets = trained[self.row_stops] - trained[self.row_starts + 1]
+        self.n_windows = len(starts)
+
+    def _read(self, arrays, start, stop):
+        """arrays[start:stop] of the long row that the shards make up; a range may cross from one shard to the next."""
+        shard = int(np.searchsorted(self.ends, start, side='right'))
+        pieces = []
+        while start < stop:
+            base = int(self.ends[shard]) - len(arrays[shard])
+            piece = arrays[shard][start - base:stop - base]
+            pieces.append(piece)
+            start += len(piece)
+            shard += 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _windows(self, numbers, shifts):
+        """Inputs and targets (B, T), int64, of the windows with these numbers; targets not trained on are -100."""
+        T = self.block_size
+        x = torch.zeros(len(numbers), T, dtype=torch.int64)
+        y = torch.full((len(numbers), T), IGNORE, dtype=torch.int64)
+        for b, (number, shift) in enumerate(zip(numbers, shifts, strict=True)):
+            if self.masks is None:
+                start = int(number) * T + int(shift)
+                stop = start + T + 1
+            else:
+                start, stop = int(self.row_starts[number]), int(self.row_stops[number])
+            tokens = self._read(self.shards, start, stop).astype(np.int64)
+            if tokens.max() >= self.vocab_size:
+                where = self.paths[int(np.searchsorted(self.ends, start + int(tokens.argmax()), side='right'))]
+                raise UserError(f'{where} holds token {tokens.max()}, outside the vocabulary of {self.vocab_size}; '
+                                'was it made with another tokenizer?')
+            n = len(tokens) - 1
+            x[b, :n] = torch.from_numpy(tokens[:-1])
+            y[b, :n] = torch.from_numpy(tokens[1:])
+            if self.masks is not None:
+                y[b, :n][torch.from_numpy(self._read(self.masks, start + 1, stop) == 0)] = IGNORE
+        return x, y
+
+    @property
+    def windows_per_epoch(self):
+        """How many windows an epoch has. A text of 16 windows and more gives one up, to leave room for the shift."""
+        movable = self.masks is None and self.n_windows >= 16
+        return (self.n_tokens - self.block_size) // self.block_size if movable else self.n_windows
+
+    def _order(self, first, count):
+        """(numbers, shifts) of the windows first .. first + count - 1 in the endless row of shuffled epochs.
+
+        Every window comes once an epoch. An epoch after the first cuts the text elsewhere, `shift` tokens later, so
+        that a token is not always seen at the same position and with the same context.
+        """
+        epochs, places = np.divmod(np.arange(first, first + count, dtype=np.int64), self.windows_per_epoch)
+        numbers, shifts = np.empty_like(places), np.zeros_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            numbers[here] = shuffled(places[here], self.windows_per_epoch, mix(self.seed, epoch))
+            if epoch and self.masks is None and self.n_windows >= 16:
+                shifts[here] = mix(self.seed, epoch, 1) % self.block_size
+        return numbers, shifts
+
+    def batch(self, step, micro_step=0):
+        """Inputs and targets, each (batch_size, block_size) int64, for this process's part of a micro-step."""
+        micro_batch = (step * self.grad_accum_steps + micro_step) * self.world_size + self.rank
+        return self._windows(*self._order(micro_batch * self.batch_size, self.batch_size))
+
+    def targets_in(self, step):
+        """How many targets the whole global batch of `step` trains on, over all micro-steps and processes."""
+        count = self.grad_accum_steps * self.world_size * self.batch_size
+        if self.masks is None:
+            return count * self.block_size
+        return max(1, int(self.row_targets[self._order(step * count, count)[0]].sum()))
+
+    def eval_batches(self, eval_iters):
+        """This process's share of eval_iters * batch_size windows spread evenly over the split, the same every time."""
+        n = min(eval_iters * self.batch_size, self.n_windows)
+        numbers = (np.arange(n) * self.n_windows // n)[self.rank::self.world_size]
+        for first in range(0, len(numbers), self.batch_size):
+            chosen = numbers[first:first + self.batch_size]
+            yield self._windows(chosen, np.zeros_like(chosen))
+
+
+# -----------------------------------------------------------------------------
+# a permutation without a table
+
+
+def mix(*numbers):
+    """A well-stirred 64-bit integer from some integers (the finalizer of splitmix64, Steele et al. 2014)."""
+    z = 0
+    for number in numbers:
+        z = (z ^ int(number) & 0xffffffffffffffff) + 0x9e3779b97f4a7c15 & 0xffffffffffffffff
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9 & 0xffffffffffffffff
+        z = (z ^ z >> 27) * 0x94d049bb133111eb & 0xffffffffffffffff
+        z ^= z >> 31
+    return z
+
+
+def shuffled(places, n, key):
+    """Entries `places` (int64 array) of the pseudo-random permutation of range(n) that `key` picks.
+
+    A Feistel network of six rounds permutes the smallest square of a power of two that holds n; a result outside
+    range(n) goes through again until it is inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    No table: a hundred million windows cost no memory, and no library's random stream can change under a resumed run.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    keys = [np.uint64(mix(key, r)) for r in range(6)]
+    out = np.asarray(places).astype(np.uint64)
+    todo = np.ones(len(out), dtype=bool)
+    while todo.any():
+        left, right = out[todo] >> np.uint64(half), out[todo] & low
+        for k in keys:
+            with np.errstate(over='ignore'):
+                f = (right ^ k) * np.uint64(0xbf58476d1ce4e5b9)
+            f ^= f >> np.uint64(29)
+            left, right = right, left ^ (f * np.uint64(0x94d049bb133111eb) >> np.uint64(32)) & low
+        out[todo] = left << np.uint64(half) | right
+        todo = out >= n
+    return out.astype(np.int64)

@@ -1,0 +1,122 @@
+"""Where the numbers are crunched: the device, the dtype, the processes that share the work, and the speed limit."""
+
+import contextlib
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# Dense matrix-multiply peaks in TFLOP/s from NVIDIA's data sheets, (16-bit with float32 accumulation, float32 or TF32).
+# The first name found in the device's name counts.
+PEAK_TFLOPS = {
+    'B200': (2250, 1125), 'H200': (989, 495), 'H100 NVL': (835, 418), 'H100 PCIe': (756, 378), 'H100': (989, 495),
+    'H800': (989, 495), 'H20': (148, 74), 'A100': (312, 156), 'A800': (312, 156), 'L40S': (362, 183), 'L4': (121, 60),
+    'A10G': (70, 35), 'A10': (125, 62.5), 'V100': (125, 15.7), 'T4': (65, 8.1),
+    '5090': (209.5, 104.8), '4090': (165.2, 82.6), '3090': (71, 35.6),
+}
+
+
+def pick_device(name='auto', local_rank=0):
+    """The torch device string for `name` (auto, cpu, cuda, cuda:1, mps). Raises UserError if it is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == 'auto':
+        name = 'cuda' if cuda else 'mps' if mps else 'cpu'
+    kind = name.partition(':')[0]
+    here = ['cpu'] + ['cuda'] * cuda + ['mps'] * mps
+    if kind not in here:
+        raise UserError(f"device {name!r} is not available here; choose one of {', '.join(here)}, or auto")
+    if kind == 'cuda':
+        if name == 'cuda' and 'LOCAL_RANK' in os.environ:
+            name = f'cuda:{local_rank}'
+        index = torch.device(name).index or 0
+        if index >= torch.cuda.device_count():
+            raise UserError(f'there is no {name}: this machine has {torch.cuda.device_count()} GPU(s); '
+                            'lower --nproc_per_node or choose another device')
+        torch.cuda.set_device(index)
+    return name
+
+
+def pick_dtype(name='auto', device='cpu'):
+    """'float32', 'bfloat16' or 'float16': with 'auto' the fastest that is safe on `device`. Raises UserError."""
+    kind = torch.device(device).type
+    if name == 'auto':
+        if kind == 'cuda':      # Volta and Turing claim bfloat16 but emulate it; Ampere (8.0) multiplies it
+            return 'bfloat16' if torch.cuda.get_device_capability()[0] >= 8 else 'float16'
+        if kind == 'mps':       # autocast is slower than float32 on most Macs, and has no GradScaler
+            return 'float32'
+        return 'bfloat16' if cpu_multiplies_bfloat16() else 'float32'
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    if name == 'float16' and kind == 'cpu':
+        raise UserError('float16 training needs a GPU; on a CPU use --dtype=bfloat16 or float32')
+    return name
+
+
+def cpu_multiplies_bfloat16():
+    """True if this CPU has bfloat16 dot-product or matrix instructions (AVX512-BF16, AMX), not merely a conversion."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device, dtype):
+    """The context in which the forward pass runs: matrix products in `dtype` ('float32' changes nothing)."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=DTYPES[dtype])
+
+
+def synchronize(device):
+    """Wait until `device` has finished what it was given, so that a clock read next tells the truth."""
+    kind = torch.device(device).type
+    if kind == 'cuda':
+        torch.cuda.synchronize()
+    elif kind == 'mps':
+        torch.mps.synchronize()
+
+
+def peak_flops(device, dtype):
+    """The most floating-point operations a second that matrix products reach here: the data sheet's figure for a GPU
+    listed above, otherwise the best of a few large products timed now (about a second, once)."""
+    if torch.device(device).type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+        for key, (half, single) in PEAK_TFLOPS.items():
+            if key in name:
+                return 1e12 * (single if dtype == 'float32' else half)
+    n = 1024 if torch.device(device).type == 'cpu' else 4096
+    a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
+    best = float('inf')
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+# -----------------------------------------------------------------------------
+# several processes, as torchrun starts them
+
+def init_distributed(device_name):
+    """Join the process group that torchrun describes in the environment, if any: (rank, local_rank, world_size)."""
+    if 'RANK' not in os.environ:
+        return 0, 0, 1
+    on_cpu = device_name == 'cpu' or not torch.cuda.is_available()
+    local_rank = int(os.environ['LOCAL_RANK'])
+    if not on_cpu:
+        pick_device('cuda', local_rank)     # before the group is made, so that nccl binds to the right GPU
+    dist.init_process_group(backend='gloo' if on_cpu else 'nccl')
+    return dist.get_rank(), local_rank, dist.get_world_size()
+
+
+def all_sum(values, device):
+    """The element-wise sum of a list of numbers over all processes, as a list of floats."""
+    kind = torch.float32 if torch.device(device).type == 'mps' else torch.float64
+    total = torch.tensor(values, dtype=kind, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()

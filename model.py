@@ -1,0 +1,434 @@
+"""A GPT with a few switches, so that one block is GPT-2, a small teaching model, or a Llama-class model.
+
+Shapes: B batch, T time, C = n_embd channels, nh heads, hs head size, V vocabulary.
+Parameter names are nanoGPT's (transformer.wte, transformer.h.0.attn.c_attn, ...), so that its checkpoints load.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# Shapes by name: `GPTConfig(**PRESETS['gpt2'])`, or `python train.py --preset=gpt2`.
+PRESETS = {
+    'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),            # 124M
+    'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),    # 350M
+    'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),     # 774M
+    'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),        # 1558M
+    '26m': dict(n_layer=8, n_head=6, n_embd=384, block_size=512),                # 27M with a vocabulary of 32,768
+    'char': dict(n_layer=6, n_head=6, n_embd=384, block_size=256),               # 11M with 65 characters
+    'teaching': dict(n_layer=4, n_head=4, n_embd=256, block_size=128, norm='rmsnorm', position='rope', mlp='silu'),
+}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304         # GPT-2's 50257, padded up to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 0              # grouped-query attention: heads of keys and values; 0 = n_head
+    n_embd: int = 768
+    n_inner: int = 0                # width of the MLP; 0 = 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64s)
+    dropout: float = 0.0
+    bias: bool = True               # in the linear layers and layer norms, as GPT-2
+    norm: str = 'layernorm'         # layernorm | rmsnorm
+    norm_eps: float = 1e-5
+    position: str = 'learned'       # learned | rope
+    rope_theta: float = 10000.0
+    mlp: str = 'gelu'               # gelu (tanh form, GPT-2's) | gelu_erf (exact, nanoGPT's) | silu | swiglu | relu2
+    tie_weights: bool = True        # the output layer is the token embedding
+    qk_norm: bool = False           # RMS-normalise each head's queries and keys
+
+    def __post_init__(self):
+        """Fill in what follows from the rest. Raises ValueError for a shape that cannot be."""
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_inner = self.n_inner or (64 * math.ceil(8 * self.n_embd / 3 / 64) if self.mlp == 'swiglu'
+                                        else 4 * self.n_embd)
+        for name, choices in {'norm': ('layernorm', 'rmsnorm'), 'position': ('learned', 'rope'),
+                              'mlp': ('gelu', 'gelu_erf', 'silu', 'swiglu', 'relu2')}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} {getattr(self, name)!r} is not one of {", ".join(choices)}')
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout must be at least 0 and below 1, not {self.dropout}')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}')
+        if self.position == 'rope' and (self.n_embd // self.n_head) % 2:
+            raise ValueError(f'rope turns pairs of channels: n_embd / n_head, here {self.n_embd // self.n_head}, '
+                             'must be even')
+
+
+def build_norm(config):
+    if config.norm == 'rmsnorm':    # x / sqrt(mean(x^2) + eps) * weight; Zhang and Sennrich 2019
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+def rope_table(block_size, head_size, theta):
+    """Cosines and sines of the angles t * theta^(-2i/hs), each (block_size, hs/2) float32. Su et al. 2021."""
+    frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    angle = torch.arange(block_size, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Turn channel i of x (B, nh, T, hs) with channel i + hs/2, by the angle of its position; cos, sin (T, hs/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in room taken once: per layer two (B, n_kv_head, max_length, hs)."""
+
+    def __init__(self, config, batch_size, max_length):
+        self.shape = (batch_size, config.n_kv_head, max_length, config.n_embd // config.n_head)
+        self.layers = [None] * config.n_layer
+        self.length = 0             # tokens already there; GPT.forward moves it on after the last layer
+
+    def extend(self, layer, k, v):
+        """Put k, v (B, n_kv_head, T, hs) behind what is there; return all of this layer's keys and values."""
+        if self.layers[layer] is None:
+            self.layers[layer] = k.new_empty(self.shape), v.new_empty(self.shape)
+        keys, values = self.layers[layer]
+        end = self.length + k.size(2)
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.head_size = config.n_embd // config.n_head
+        # queries of all heads, then keys, then values, in one matrix product
+        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_size,
+                                bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope=None, cache=None):
+        B, T, C = x.shape
+        n_head, n_kv_head, hs = self.config.n_head, self.config.n_kv_head, self.head_size
+        q, k, v = self.c_attn(x).split([n_head * hs, n_kv_head * hs, n_kv_head * hs], dim=-1)
+        q = q.view(B, T, n_head, hs).transpose(1, 2)         # (B, nh, T, hs)
+        k = k.view(B, T, n_kv_head, hs).transpose(1, 2)      # (B, n_kv_head, T, hs)
+        v = v.view(B, T, n_kv_head, hs).transpose(1, 2)      # (B, n_kv_head, T, hs)
+        if self.config.qk_norm:
+            q, k = F.rms_norm(q, (hs,)), F.rms_norm(k, (hs,))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+            if 1 < T < k.size(2):   # several new tokens behind cached ones: each sees the cache and its own past
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+        # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S) -> (B, nh, T, hs), never whole in memory
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=n_kv_head != n_head)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)     # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        width = 2 * config.n_inner if config.mlp == 'swiglu' else config.n_inner
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.c_fc(x)                                     # (B, T, n_inner), twice that for swiglu
+        if self.kind == 'gelu':
+            x = F.gelu(x, approximate='tanh')
+        elif self.kind == 'gelu_erf':
+            x = F.gelu(x)
+        elif self.kind == 'silu':
+            x = F.silu(x)
+        elif self.kind == 'swiglu':
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:                                                # relu2: So et al. 2021
+            x = F.relu(x).square()
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = build_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = build_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rope, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the cross-entropies of `x @ weight.T` against `targets`, without ever holding all logits.
+
+    For GPT-2 the logits of a batch are far larger than the rest of its activations. So they are made for some rows at
+    a time, in float32, and turned at once into the gradient, softmax(logits) - onehot(target); backward only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, with_grad):
+        # x (N, C), weight (V, C), targets (N) int64 with -100 for none; the products run in `dtype`
+        rows = max(1, (1 << 28 if x.is_cuda else 1 << 24) // weight.size(0))
+        grad_x, grad_w = torch.empty_like(x), None
+        x, w = x.to(dtype), weight.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        for i in range(0, x.size(0), rows):
+            xi, target = x[i:i + rows], targets[i:i + rows, None]
+            wanted = target >= 0
+            target = target.clamp(min=0)
+            logits = (xi @ w.t()).float()                    # (n, V)
+            lse = logits.logsumexp(-1, keepdim=True)         # (n, 1)
+            loss = loss + ((lse - logits.gather(1, target)) * wanted).sum()
+            if with_grad:
+                p = (logits - lse).exp_()                    # softmax, (n, V)
+                p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+                p = (p * wanted).to(dtype)
+                grad_x[i:i + rows] = p @ w
+                part = (p.t() @ xi).to(weight.dtype)         # (V, C)
+                grad_w = part if grad_w is None else grad_w.add_(part)
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_w = ctx.saved_tensors
+        return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, None, None, None
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
+        if config.position == 'learned':
+            self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer.update({
+            'drop': nn.Dropout(config.dropout),
+            'h': nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            'ln_f': build_norm(config),
+        })
+        if config.position == 'rope':
+            cos, sin = rope_table(config.block_size, config.n_embd // config.n_head, config.rope_theta)
+            self.register_buffer('rope_cos', cos, persistent=False)
+            self.register_buffer('rope_sin', sin, persistent=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight
+
+        # GPT-2's initialisation: N(0, 0.02), and less for what is added to the residual stream 2 * n_layer times
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None, cache=None, last_only=False, reduction='mean'):
+        """Logits, or with targets the loss; the other of the pair (logits, loss) is None.
+
+        idx: (B, T) int64 token ids, T at most block_size (less what the cache holds). targets: (B, T) int64, the ids
+        one place further on, -100 where nothing is asked. Logits are (B, T, V), or (B, 1, V) with last_only. The loss
+        is a float32 scalar, the mean or sum of -ln p(target) over the targets asked for.
+        cache: a KVCache with the tokens before idx; it takes up those of idx as well.
+        Raises ValueError if the tokens do not fit into block_size.
+        """
+        B, T = idx.shape
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f'{start + T} tokens do not fit into block_size {self.config.block_size}')
+        x = self.transformer.wte(idx)                                        # (B, T, C)
+        rope = None
+        if self.config.position == 'learned':
+            x = x + self.transformer.wpe.weight[start:start + T]             # (T, C), the same for every row
+        else:
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            rope = self.rope_cos[start:start + T].to(dtype), self.rope_sin[start:start + T].to(dtype)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, rope, cache)
+        x = self.transformer.ln_f(x)
+        if cache is not None:
+            cache.length += T
+
+        if targets is None:
+            return self.lm_head(x[:, -1:] if last_only else x), None
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            loss = LinearCrossEntropy.apply(x.view(B * T, -1), self.lm_head.weight, targets.reshape(-1), dtype,
+                                            torch.is_grad_enabled())
+        if reduction == 'mean':
+            loss = loss / (targets >= 0).sum()
+        return None, loss
+
+    # -------------------------------------------------------------------------
+    # size and cost
+
+    def num_params(self, non_embedding=False):
+        """How many parameters; non_embedding leaves out those that are looked up and multiply nothing."""
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding:
+            n -= self.transformer.wpe.weight.numel() if self.config.position == 'learned' else 0
+            n -= 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
+        return n
+
+    def flops_per_token(self):
+        """Floating-point operations of training on one token, forward and backward: 6N + 12 * layers * C * T.
+
+        PaLM (Chowdhery et al. 2022), appendix B: 2 a parameter forwards, 4 backwards, and the attention products.
+        """
+        c = self.config
+        return 6 * self.num_params(non_embedding=True) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def crop_block_size(self, block_size):
+        """Shorten the context, for instance of published weights, to `block_size` tokens. Raises ValueError."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'block_size {block_size} is more than the {self.config.block_size} this model was made '
+                             'with; it can only be cropped')
+        self.config.block_size = block_size
+        if self.config.position == 'learned':
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+            self.transformer.wpe.num_embeddings = block_size
+        else:
+            self.rope_cos, self.rope_sin = self.rope_cos[:block_size], self.rope_sin[:block_size]
+
+    def model_args(self):
+        """The config as a dict of numbers and strings, for a checkpoint."""
+        return asdict(self.config)
+
+    # -------------------------------------------------------------------------
+    # training
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', verbose=True):
+        """[AdamW], or with optimizer='muon' [AdamW, Muon], Muon (Jordan et al. 2024) for the blocks' matrices.
+
+        Weight decay is for tensors of two dimensions and more. Muon's update is scaled to AdamW's root mean square
+        (Liu et al. 2025, "Muon is scalable"), so that one learning rate serves both.
+        """
+        params = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        decay = {name: p for name, p in params.items() if p.dim() >= 2}
+        rest = [p for p in params.values() if p.dim() < 2]
+        fused = device_type in ('cuda', 'cpu', 'mps')
+        if verbose:
+            print(f'num decayed parameter tensors: {len(decay)}, with {sum(p.numel() for p in decay.values()):,} '
+                  'parameters')
+            print(f'num non-decayed parameter tensors: {len(rest)}, with {sum(p.numel() for p in rest):,} parameters')
+            print(f'using fused AdamW: {fused}')
+        hidden = [p for name, p in decay.items() if optimizer == 'muon' and name.startswith('transformer.h.')]
+        if optimizer not in ('adamw', 'muon'):
+            raise ValueError(f'optimizer {optimizer!r} is not one of adamw, muon')
+        others = [p for name, p in decay.items() if not (hidden and name.startswith('transformer.h.'))]
+        groups = [{'params': others, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
+        optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)]
+        if hidden:
+            optimizers.append(torch.optim.Muon(hidden, lr=learning_rate, weight_decay=weight_decay,
+                                               adjust_lr_fn='match_rms_adamw'))
+            if verbose:
+                print(f'using Muon: {len(hidden)} tensors, with {sum(p.numel() for p in hidden):,} parameters')
+        return optimizers
+
+    # -------------------------------------------------------------------------
+    # decoding
+
+    @torch.no_grad()
+    def stream(self, idx, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+               eot=None, n_vocab=None, suppress=(), generator=None, use_cache=True):
+        """Continue several prompts, one token a step. Yields (tokens, fresh), each (B,): the ids of the next column,
+        and which of them were sampled (the others belong to a prompt that is longer than the shortest, or are done).
+
+        idx: (B, T) int64, prompts on the left, anything behind them. lengths: B prompt lengths, each at least 1.
+        temperature 0 takes the likeliest token. top_k 0 and top_p 1 leave all. eot: the token that ends a row.
+        n_vocab: sample only ids below it. suppress: ids that are never sampled. use_cache=False recomputes everything,
+        for comparison. A row that grows past block_size goes on with its last block_size tokens.
+        """
+        B, T = idx.shape
+        device, block_size = idx.device, self.config.block_size
+        lengths = torch.as_tensor(lengths, device=device)
+        n, end = int(lengths.min()), int(lengths.max()) + max_new_tokens     # columns known; columns at the end
+        tokens = torch.cat([idx, idx.new_zeros(B, end - T)], dim=1) if end > T else idx[:, :end].clone()
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        banned = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=device)
+        banned[n_vocab or self.config.vocab_size:] = True
+        banned[list(suppress)] = True
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
+        seen.scatter_(1, tokens[:, :n], True)
+        cache = KVCache(self.config, B, min(end, block_size)) if use_cache else None
+        while n < end and not done.all():
+            if n > block_size:          # the window slides, every position changes, and nothing cached holds any more
+                cache = None
+            new = tokens[:, cache.length:n] if cache is not None else tokens[:, max(0, n - block_size):n]
+            logits = self(new, cache=cache, last_only=True)[0][:, -1].float()            # (B, V)
+            if repetition_penalty != 1.0:
+                penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+                repeated = seen.clone()
+                if eot is not None:
+                    repeated[:, eot] = False        # it stands before every document; ending one is no repetition
+                logits = torch.where(repeated, penalized, logits)
+            logits = logits.masked_fill(banned, -math.inf)
+            sampled = sample_next(logits, temperature, top_k, top_p, generator)
+            fresh = (n >= lengths) & (n < lengths + max_new_tokens) & ~done
+            given = tokens[:, n]                    # what stands there: the prompt's own token, or nothing yet
+            tokens[:, n] = torch.where(n < lengths, given, sampled)
+            seen.scatter_(1, tokens[:, n:n + 1], True)
+            yield tokens[:, n], fresh
+            if eot is not None:
+                done |= fresh & (sampled == eot)
+            n += 1
+            done |= n >= lengths + max_new_tokens
+
+    def generate(self, idx, max_new_tokens, **options):
+        """Prompts idx (B, T) int64, all of one length, with up to max_new_tokens more behind each: (B, T + more).
+
+        The options are those of stream(). Rows that ended early are filled up with what would have followed.
+        """
+        columns = [tokens.clone() for tokens, _ in self.stream(idx, [idx.size(1)] * idx.size(0), max_new_tokens,
+                                                               **options)]
+        return torch.cat([idx, torch.stack(columns, dim=1)], dim=1) if columns else idx
+
+
+def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """The next token (B,) int64 for logits (B, V) float32, drawn from softmax(logits / temperature), cut to the top_k
+    likeliest tokens and to the fewest whose probabilities add up to top_p (Holtzman et al. 2019), the one that crosses
+    the threshold included. temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = torch.topk(logits, top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1.0:
+        ordered, order = torch.sort(logits, dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        before = p.cumsum(dim=-1) - p               # the probability of all likelier tokens
+        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(cut, -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(1)

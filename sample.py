@@ -1,0 +1,201 @@
+"""Sample from a trained model: prompts in, text out.
+
+    python sample.py --prompt="Once upon a time" --style=creative
+    python sample.py --interactive
+    python sample.py --prompts_file=prompts.txt --output_file=answers.txt
+
+Without a checkpoint named, the newest run under out/ is used.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoint import build_model, pick_checkpoint, tokenizer_of
+from configurator import UserError, configure
+from device import DTYPES, pick_device, pick_dtype
+
+# -----------------------------------------------------------------------------
+# which model
+init_from = 'auto'          # a checkpoint file or folder; auto = out_dir, or the newest run in a folder of it
+out_dir = 'out'             # where runs are
+# what to say
+prompt = ''                 # the text to continue, or the question to answer; '' = the start of a document
+prompts_file = ''           # a text file with one prompt a line, instead
+interactive = False         # ask for prompts on the terminal, instead
+num_samples = 1             # continuations of each prompt
+max_new_tokens = 200        # the most tokens in each of them
+stop = ''                   # end a text before this string
+output_file = ''            # also write the texts here; as JSON, one object a line, if it ends in .jsonl
+# how
+style = 'balanced'          # focused, balanced, creative or wild: sets the three below
+temperature = -1.0          # below 1: safer; above 1: bolder; 0 = always the likeliest token; -1 = the style's
+top_k = -1                  # choose among so many likeliest tokens; 0 = all; -1 = the style's
+top_p = -1.0                # choose among the fewest tokens that have this probability together; -1 = the style's
+repetition_penalty = 1.0    # above 1, tokens that were there already become less likely
+seed = 1337                 # the same seed gives the same text
+# system
+device = 'auto'             # auto, cpu, cuda, mps
+dtype = 'auto'              # auto, float32, bfloat16, float16
+batch_size = 64             # texts made at a time
+config = configure(globals())
+# -----------------------------------------------------------------------------
+
+STYLES = {          # temperature, top_k, top_p
+    'focused': (0.4, 20, 0.8),
+    'balanced': (0.8, 50, 0.95),
+    'creative': (0.9, 100, 0.95),
+    'wild': (1.3, 0, 1.0),
+}
+
+
+def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200, temperature=0.8, top_k=50, top_p=0.95,
+                   repetition_penalty=1.0, stop='', seed=1337, batch_size=64, on_text=None):
+    """Continue each of `prompts`; returns as many strings, without the prompts.
+
+    model, tokenizer: as build_model and tokenizer_of make them. template: what a prompt is put into, in place of
+    '{prompt}'. stop: a string that ends a text, itself left out. on_text(i, text) is told the text of prompt i after
+    every token, as far as it cannot change any more. The other options are those of GPT.stream.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    start = [] if tokenizer.eot is None else [tokenizer.eot]        # as every document started in training
+    encoded = [start + tokenizer.encode(template.replace('{prompt}', p) if template else p) for p in prompts]
+    encoded = [ids or tokenizer.encode('\n') for ids in encoded]
+    texts = [''] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))      # neighbours share a batch
+    for first in range(0, len(by_length), batch_size):
+        rows = by_length[first:first + batch_size]
+        lengths = [len(encoded[i]) for i in rows]
+        idx = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+        for b, i in enumerate(rows):
+            idx[b, :lengths[b]] = torch.tensor(encoded[i])
+        new_ids, running = [[] for _ in rows], set(range(len(rows)))
+        for tokens, fresh in model.stream(idx.to(device), lengths, max_new_tokens, temperature, top_k, top_p,
+                                          repetition_penalty, eot=tokenizer.eot, n_vocab=tokenizer.vocab_size,
+                                          generator=generator):
+            tokens, fresh = tokens.tolist(), fresh.tolist()
+            for b in sorted(running):
+                if not fresh[b]:
+                    continue
+                new_ids[b].append(tokens[b])
+                if tokens[b] == tokenizer.eot or len(new_ids[b]) == max_new_tokens:
+                    running.discard(b)
+                if stop or on_text:
+                    text = tokenizer.decode(new_ids[b])
+                    if stop and stop in text:
+                        running.discard(b)
+                        new_ids[b] = []
+                        texts[rows[b]] = text[:text.index(stop)]
+                    if on_text:
+                        on_text(rows[b], texts[rows[b]] if not new_ids[b] else _settled(text, stop))
+            if not running:
+                break
+        for b, i in enumerate(rows):
+            if new_ids[b]:
+                texts[i] = tokenizer.decode(new_ids[b])
+    return texts
+
+
+def _settled(text, stop):
+    """`text` without an end that the next token may change: half a character, or the beginning of `stop`."""
+    text = text.rstrip('\ufffd')
+    for n in range(min(len(stop), len(text)), 0, -1):
+        if text.endswith(stop[:n]):
+            return text[:-n]
+    return text
+
+
+def main():
+    if style not in STYLES:
+        raise UserError(f'style {style!r} is not one of {", ".join(STYLES)}')
+    by_style = dict(zip(('temperature', 'top_k', 'top_p'), STYLES[style], strict=True))
+    by_hand = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
+    options = {name: by_style[name] if value == -1 else value for name, value in by_hand.items()}
+    options |= dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, stop=stop, seed=seed)
+    for name, good, rule in [('temperature', options['temperature'] >= 0, 'at least 0'),
+                             ('top_k', options['top_k'] >= 0, 'at least 0'),
+                             ('top_p', 0 < options['top_p'] <= 1, 'above 0 and at most 1'),
+                             ('repetition_penalty', repetition_penalty > 0, 'above 0'),
+                             ('num_samples', num_samples > 0, 'at least 1'),
+                             ('batch_size', batch_size > 0, 'at least 1'),
+                             ('max_new_tokens', max_new_tokens > 0, 'at least 1')]:
+        if not good:
+            raise UserError(f'{name} must be {rule}, not {config[name]}')
+    if prompts_file and not Path(prompts_file).is_file():
+        raise UserError(f'there is no file of prompts {prompts_file!r}')
+
+    chosen_device = pick_device(device)
+    chosen_dtype = pick_dtype(dtype, chosen_device)
+    path, checkpoint = pick_checkpoint(init_from, out_dir)
+    tokenizer = tokenizer_of(checkpoint, path)
+    model = build_model(checkpoint, path).to(device=chosen_device, dtype=DTYPES[chosen_dtype])
+    template = checkpoint.get('template', '')
+    print(f'{path}: {model.num_params():,} parameters, step {checkpoint.get("iter_num", "?")} '
+          f'({chosen_device}, {chosen_dtype})', file=sys.stderr)
+
+    def answer(prompts):
+        """The texts for `prompts`, num_samples each, streamed to the terminal if there is one text and a terminal."""
+        each = [p for p in prompts for _ in range(num_samples)]
+        streaming = len(each) == 1 and sys.stdout.isatty()
+        shown = len(heading(0, each[0])) if streaming else 0
+        if streaming:
+            print(heading(0, each[0]), end='', flush=True)
+
+        def show(_, text):
+            nonlocal shown
+            whole = heading(0, each[0]) + text
+            print(whole[shown:], end='', flush=True)
+            shown = max(shown, len(whole))
+
+        start = time.time()
+        texts = generate_texts(each, model, tokenizer, template=template, batch_size=batch_size,
+                               on_text=show if streaming else None, **options)
+        seconds = time.time() - start
+        if streaming:
+            print((heading(0, each[0]) + texts[0])[shown:])
+        else:
+            for i, (p, text) in enumerate(zip(each, texts, strict=True)):
+                print(heading(i, p) + text)
+        tokens = sum(len(tokenizer.encode(text)) for text in texts)
+        print(f'({tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s)', file=sys.stderr)
+        return list(zip(each, texts, strict=True))
+
+    def heading(i, p):
+        return f'[Sample {i + 1}] ' + (f'{p}\n' if template and num_samples + bool(prompts_file) > 1 else
+                                       '' if template else p)
+
+    results = []
+    if interactive:
+        print('type a prompt and Enter; an empty line or Ctrl-D ends', file=sys.stderr)
+        while line := _ask():
+            results += answer([line])
+    elif prompts_file:
+        lines = Path(prompts_file).read_text(encoding='utf-8-sig').splitlines()
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f'{prompts_file} has no prompts: write one a line')
+        results = answer(prompts)
+    else:
+        results = answer([prompt])
+    if output_file:
+        if output_file.endswith('.jsonl'):
+            lines = [json.dumps({'prompt': p, 'text': t}, ensure_ascii=False) for p, t in results]
+        else:
+            lines = [heading(i, p) + t for i, (p, t) in enumerate(results)]
+        Path(output_file).write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    print('✔ Generation complete.')
+
+
+def _ask():
+    try:
+        return input('> ').strip()
+    except EOFError:
+        return ''
+
+
+if __name__ == '__main__':
+    main()

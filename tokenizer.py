@@ -1,0 +1,177 @@
+"""Text to token ids and back: characters, a trained byte-level BPE, or GPT-2's BPE, behind one small interface.
+
+Every tokenizer has
+    kind            'char', 'bpe' or 'gpt2'
+    vocab_size      how many ids there are, the end-of-text token included
+    eot             the id of the end-of-text token (None if there is none)
+    encode(text)    -> list[int]; text that looks like a special token is text
+    encode_batch(texts) -> list[list[int]], on all cores
+    decode(ids)     -> str; the end-of-text token decodes to nothing
+    state()         -> dict of strings: all of it, for a checkpoint or tokenizer.json; from_state() is the way back
+    fingerprint     SHA-256 of state(), in hex
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from configurator import UserError
+
+END_OF_TEXT = '<|endoftext|>'
+
+
+class CharTokenizer:
+    """One id a character, in the order of `chars`; with `eot`, one more for the end of text."""
+    kind = 'char'
+
+    def __init__(self, chars, with_eot=True):
+        self.chars = chars
+        self.ids = {c: i for i, c in enumerate(chars)}
+        self.eot = len(chars) if with_eot else None
+        self.vocab_size = len(chars) + with_eot
+
+    def encode(self, text):
+        try:
+            return [self.ids[c] for c in text]
+        except KeyError:
+            unknown = ''.join(sorted(set(text) - set(self.ids)))
+            raise UserError(f'the vocabulary of {len(self.chars)} characters does not have {unknown[:20]!r}; leave '
+                            'them out, or prepare the data with --tokenizer=bpe, which takes any text') from None
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids):
+        return ''.join(self.chars[i] for i in ids if i != self.eot)
+
+    def state(self):
+        return {'kind': 'char', 'chars': self.chars, 'eot': '' if self.eot is None else END_OF_TEXT}
+
+
+class BPETokenizer:
+    """Byte-level BPE as Hugging Face `tokenizers` keeps it: `text` is the content of its tokenizer.json."""
+    kind = 'bpe'
+
+    def __init__(self, text):
+        from tokenizers import Tokenizer
+        self.text = text
+        self.bpe = Tokenizer.from_str(text)
+        self.bpe.encode_special_tokens = True       # "<|endoftext|>" in a text is thirteen characters, not the token
+        self.vocab_size = self.bpe.get_vocab_size()
+        self.eot = self.bpe.token_to_id(END_OF_TEXT)
+
+    def encode(self, text):
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts):
+        try:
+            return [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        except (UnicodeEncodeError, TypeError):
+            raise UserError('the text holds half of a surrogate pair, which is not valid Unicode; '
+                            'remove it, or read the file with the right encoding') from None
+
+    def decode(self, ids):
+        return self.bpe.decode(list(ids), skip_special_tokens=True)
+
+    def state(self):
+        return {'kind': 'bpe', 'tokenizer.json': self.text}
+
+
+class GPT2Tokenizer:
+    """GPT-2's BPE through `tiktoken`, which downloads two small files once and keeps them in TIKTOKEN_CACHE_DIR."""
+    kind = 'gpt2'
+
+    def __init__(self):
+        import tiktoken
+        try:
+            self.bpe = tiktoken.get_encoding('gpt2')
+        except Exception as e:                      # whatever went wrong on the way: no network, a proxy, a full disk
+            raise UserError(f"GPT-2's tokenizer could not be fetched ({type(e).__name__}). Set TIKTOKEN_CACHE_DIR "
+                            'to a folder that holds them (copied from a machine with network),\nor choose '
+                            '--tokenizer=bpe or char when preparing data; both work offline') from None
+        self.vocab_size = self.bpe.n_vocab
+        self.eot = self.bpe.eot_token
+
+    def encode(self, text):
+        return self.bpe.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        return self.bpe.encode_ordinary_batch(texts)
+
+    def decode(self, ids):
+        return self.bpe.decode([i for i in ids if i != self.eot])
+
+    def state(self):
+        return {'kind': 'gpt2'}
+
+
+def from_state(state):
+    """The tokenizer that `state()` described. Raises UserError if it describes none."""
+    try:
+        kind = state['kind']
+        if kind == 'char':
+            return _finished(CharTokenizer(state['chars'], with_eot=bool(state['eot'])))
+        if kind == 'bpe':
+            return _finished(BPETokenizer(state['tokenizer.json']))
+        if kind == 'gpt2':
+            return _finished(GPT2Tokenizer())
+    except (KeyError, TypeError) as e:
+        raise UserError(f'a tokenizer without {e}; prepare the data again') from None
+    raise UserError(f'unknown tokenizer kind {kind!r}; it is char, bpe or gpt2')
+
+
+def _finished(tokenizer):
+    canonical = json.dumps(tokenizer.state(), sort_keys=True, ensure_ascii=False)
+    tokenizer.fingerprint = hashlib.sha256(canonical.encode('utf-8', 'surrogatepass')).hexdigest()
+    return tokenizer
+
+
+def gpt2_tokenizer():
+    return from_state({'kind': 'gpt2'})
+
+
+def train_char(texts, with_eot=True):
+    """A character tokenizer for all characters in an iterable of texts."""
+    chars = set()
+    for text in texts:
+        chars.update(text)
+    return from_state({'kind': 'char', 'chars': ''.join(sorted(chars)), 'eot': END_OF_TEXT if with_eot else ''})
+
+
+def train_bpe(texts, vocab_size, show_progress=False):
+    """A byte-level BPE of at most `vocab_size` ids (256 bytes, end-of-text, and merges) from an iterable of texts.
+
+    The byte-level alphabet, pre-tokenizer and decoder are GPT-2's, so any text round-trips, rare characters included.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    if vocab_size < 257:
+        raise UserError(f'vocab_size {vocab_size} is too small: a byte-level BPE has 256 bytes and the end-of-text '
+                        'token; use --vocab_size=1024 or more')
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=show_progress,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return from_state({'kind': 'bpe', 'tokenizer.json': bpe.to_str()})
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write `folder`/tokenizer.json, unless the tokenizer is GPT-2's, whose name says it all."""
+    state = tokenizer.state()
+    if state['kind'] == 'gpt2':
+        return
+    text = state.get('tokenizer.json') or json.dumps(state, ensure_ascii=False, indent=1)
+    Path(folder, 'tokenizer.json').write_text(text, encoding='utf-8', newline='\n')
+
+
+def load_tokenizer(path):
+    """The tokenizer in a tokenizer.json, or in the folder that holds one. Raises UserError."""
+    path = Path(path)
+    path = path / 'tokenizer.json' if path.is_dir() else path
+    try:
+        text = path.read_text(encoding='utf-8')
+        state = json.loads(text)
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} could not be read as a tokenizer ({e})') from None
+    return from_state(state if 'chars' in state else {'kind': 'bpe', 'tokenizer.json': text})
