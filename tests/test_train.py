@@ -1,0 +1,231 @@
+"""train.py as its users run it: real processes on a small text, stopped, resumed, and divided."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import build_model, load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--total_batch_size=0',
+        '--learning_rate=1e-3', '--min_lr=1e-4', '--warmup_steps=2', '--eval_iters=3', '--device=cpu',
+        '--tensorboard=false']
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder with a data set of characters, made from real prose."""
+    from pydoc_data.topics import topics
+    place = tmp_path_factory.mktemp('train')
+    text = ''.join(topics[name] for name in sorted(topics)[:20])[:60000]
+    (place / 'text.txt').write_text(text, encoding='utf-8')
+    done = script(place, 'prepare_data.py', '--dataset=custom', '--input=text.txt', '--tokenizer=char',
+                  '--out=data/tiny')
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def command(name, *args, processes=1):
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    return [*launcher, str(ROOT / name), *args]
+
+
+def environment():
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+
+
+def script(place, name, *args, processes=1):
+    return subprocess.run(command(name, *args, processes=processes), cwd=place, env=environment(), text=True,
+                          encoding='utf-8', capture_output=True, timeout=300)
+
+
+def train(place, out, *args, processes=1):
+    done = script(place, 'train.py', '--dataset=tiny', f'--out_dir={out}', *TINY, *args, processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def metrics(place, out):
+    return [json.loads(line) for line in (place / out / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+
+
+def losses(place, out):
+    return {m['step']: m['loss'] for m in metrics(place, out) if 'loss' in m}
+
+
+def stop(place, out, signum, *args, after):
+    """Start training and send `signum` once step `after` is in the log; returns the exit status."""
+    process = subprocess.Popen(command('train.py', '--dataset=tiny', f'--out_dir={out}', *TINY, *args), cwd=place,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = place / out / 'metrics.jsonl'
+    deadline = time.time() + 120
+    while not (log.exists() and f'"step": {after},' in log.read_text(encoding='utf-8')):
+        assert time.time() < deadline and process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.005)
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.mark.parametrize('options', [('--dtype=float32', '--dropout=0.2'), ('--dtype=bfloat16', '--dropout=0.2'),
+                                     ('--dtype=float32', '--optimizer=muon')], ids=' '.join)
+def test_killed_and_resumed_is_the_same_run_to_the_last_bit(place, options):
+    name = '-'.join(options).replace('=', '')
+    options = [*options, '--max_steps=150', '--eval_interval=20']
+    train(place, f'out/whole{name}', *options)
+    assert stop(place, f'out/cut{name}', signal.SIGKILL, *options, after=50) == -signal.SIGKILL
+    interrupted_at = max(losses(place, f'out/cut{name}'))
+    assert interrupted_at < 149
+    out = train(place, f'out/cut{name}', *options)
+    resumed_at = int(re.search(r'resuming from .* at step (\d+)', out)[1])
+    assert 0 < resumed_at <= interrupted_at
+    whole, cut = losses(place, f'out/whole{name}'), losses(place, f'out/cut{name}')
+    assert list(cut) == list(range(150))                # each step stands there once, in order
+    assert [x.hex() for x in cut.values()] == [x.hex() for x in whole.values()]
+    a, b = (load_checkpoint(place / f'out/{kind}{name}/final_checkpoint.pt')['model'] for kind in ('whole', 'cut'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('signum, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_exits(place, signum, status):
+    out = f'out/signal{status}'
+    options = ['--dtype=float32', '--max_steps=4000', '--eval_interval=0']
+    assert stop(place, out, signum, *options, after=20) == status
+    last = max(losses(place, out))
+    assert load_checkpoint(place / out / 'checkpoint.pt')['iter_num'] == last + 1
+
+
+def test_two_processes_give_the_losses_of_one(place):
+    options = ['--dtype=float32', '--max_steps=12', '--eval_interval=4', '--total_batch_size=1024']
+    train(place, 'out/one', *options)
+    out = train(place, 'out/two', *options, processes=2)
+    one, two = metrics(place, 'out/one'), metrics(place, 'out/two')
+    assert [m['step'] for m in one] == [m['step'] for m in two]         # one log, of one process
+    for a, b in zip(one, two, strict=True):
+        for key in ('loss', 'val_loss', 'norm'):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-5)
+    assert out.count('\nvalidation loss') == 4 and out.count('calculated gradient accumulation steps: 4') == 1
+    assert sorted(p.name for p in (place / 'out/two').glob('*.pt')) == [
+        'best_checkpoint.pt', 'checkpoint.pt', 'final_checkpoint.pt']
+    # and one process goes on where two stopped
+    options[1] = '--max_steps=15'
+    assert 'at step 12' in train(place, 'out/two', *options)
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(place):
+    options = ['--dtype=float32', '--max_steps=6', '--eval_interval=0']
+    train(place, 'out/large', *options, '--batch_size=16')
+    train(place, 'out/small', *options, '--batch_size=4', '--total_batch_size=512')
+    large, small = losses(place, 'out/large'), losses(place, 'out/small')
+    assert all(small[k] == pytest.approx(large[k], rel=1e-5) for k in large)
+
+
+def test_the_log_is_in_the_stable_format_and_agrees_with_metrics_and_tensorboard(place):
+    out = train(place, 'out/log', '--max_steps=12', '--eval_interval=6', '--tensorboard=true',
+                '--checkpoint_interval=2', '--keep_checkpoints=2', '--sample_interval=6')
+    for line in [r'using device: cpu, dtype: (bfloat16|float32), compile: False', r'total desired batch size: 128',
+                 r'=> calculated gradient accumulation steps: 1', r'found 1 shards for split train',
+                 r'num decayed parameter tensors: 10, with [\d,]+ parameters',
+                 r'num non-decayed parameter tensors: 18, with [\d,]+ parameters', r'using fused AdamW: True',
+                 r'validation loss: \d\.\d{4} \| ppl: \d+\.\d\d',
+                 r'[\d,]+ parameters \| 128 tokens per step \| .* epochs',
+                 r'sample 1: .*', r'estimated time to finish: .*']:
+        assert re.search(f'^{line}$', out, re.M), line
+    steps = re.findall(r'^step +(\d+) \| loss: (\d+\.\d{6}) \| lr (\d\.\d{4}e-\d\d) \| norm: (\d+\.\d{4}) \| '
+                       r'dt: (\d+\.\d\d)ms \| tok/sec: (\d+\.\d\d) \| mfu: (\d+\.\d)%$', out, re.M)
+    assert [int(s[0]) for s in steps] == list(range(12))
+    logged = [m for m in metrics(place, 'out/log') if 'loss' in m]
+    for (_, loss, lr, norm, *_), m in zip(steps, logged, strict=True):
+        assert (loss, lr, norm) == (f'{m["loss"]:.6f}', f'{m["lr"]:.4e}', f'{m["norm"]:.4f}')
+        assert m.keys() == {'step', 'loss', 'lr', 'norm', 'dt_ms', 'tok_per_sec', 'mfu', 'tokens', 'elapsed_s'}
+    assert [m['step'] for m in metrics(place, 'out/log') if 'val_loss' in m] == [0, 6, 12]
+    assert all(m['ppl'] == pytest.approx(math.exp(m['val_loss'])) for m in metrics(place, 'out/log') if 'ppl' in m)
+    assert sorted(p.name for p in (place / 'out/log').glob('checkpoint_iter_*')) == [
+        'checkpoint_iter_10.pt', 'checkpoint_iter_12.pt']
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    board = EventAccumulator(str(place / 'out/log/tb')).Reload()
+    assert [e.value for e in board.Scalars('loss')] == pytest.approx([m['loss'] for m in logged])
+
+
+def test_the_learning_rate_warms_up_linearly_and_decays_by_cosine(place):
+    train(place, 'out/lr', '--max_steps=20', '--warmup_steps=5', '--eval_interval=0')
+    lr = [m['lr'] for m in metrics(place, 'out/lr') if 'lr' in m]
+    for step in range(20):
+        expected = 1e-3 * (step + 1) / 5 if step < 5 else (
+            1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * (step - 5) / 15)))
+        assert lr[step] == pytest.approx(expected)
+
+
+def test_steps_that_are_not_finite_never_reach_the_weights(place):
+    train(place, 'out/nan', '--max_steps=3', '--eval_interval=0', '--dtype=float32')
+    path = place / 'out/nan/checkpoint.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    good = {k: v.clone() for k, v in checkpoint['model'].items()}
+    # a row of data that no model can digest: one embedding is infinite, so every step that meets it is not finite
+    checkpoint['model']['transformer.wpe.weight'][5] = math.inf
+    torch.save(checkpoint, path)
+    done = script(place, 'train.py', '--dataset=tiny', '--out_dir=out/nan', *TINY, '--max_steps=100',
+                  '--eval_interval=0', '--dtype=float32', '--init_from=resume')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert '10 steps in a row were not finite' in done.stderr and 'lower --learning_rate' in done.stderr
+    after = load_checkpoint(path)['model']
+    assert all(torch.equal(after[k], good[k]) for k in good if 'wpe' not in k)
+
+
+def test_overfitting_one_batch_drives_the_loss_below_a_twentieth(place):
+    assert script(place, 'prepare_data.py').returncode == 0
+    done = script(place, 'train.py', str(ROOT / 'config/overfit_one_batch.py'), '--tensorboard=false')
+    assert done.returncode == 0, done.stderr
+    assert losses(place, 'out/overfit_one_batch')[180] < 0.05
+
+
+def test_the_26m_recipe_has_26m_parameters_and_trains_on_real_text(place):
+    # the standard library's own source and comments: real text on every machine
+    library = sorted(Path(os.__file__).parent.glob('*.py'))
+    (place / 'library.txt').write_text('\n'.join(p.read_text(encoding='utf-8', errors='ignore') for p in library),
+                                       encoding='utf-8')
+    done = script(place, 'prepare_data.py', '--dataset=custom', '--input=library.txt', '--tokenizer=bpe',
+                  '--vocab_size=32768', '--out=data/library')
+    assert done.returncode == 0, done.stderr
+    done = script(place, 'train.py', str(ROOT / 'config/train_26m.py'), '--dataset=library', '--max_steps=2',
+                  '--batch_size=2', '--total_batch_size=2048', '--eval_iters=2', '--tensorboard=false')
+    assert done.returncode == 0, done.stderr
+    parameters = int(re.search(r'^([\d,]+) parameters', done.stdout, re.M)[1].replace(',', ''))
+    assert abs(parameters - 26e6) < 0.04 * 26e6
+    assert len(re.findall(r'ppl: \d', done.stdout)) == 2
+
+
+def test_further_training_starts_from_another_runs_weights(place):
+    train(place, 'out/base', '--max_steps=5', '--eval_interval=0', '--dtype=float32')
+    out = train(place, 'out/further', '--init_from=out/base', '--block_size=16', '--max_steps=3', '--dtype=float32',
+                '--n_layer=7')                          # the shape comes from the checkpoint
+    assert 'starting from the weights in' in out
+    model = build_model(load_checkpoint(place / 'out/further/final_checkpoint.pt'))
+    assert (model.config.n_layer, model.config.block_size) == (2, 16)
+    assert losses(place, 'out/further')[0] < losses(place, 'out/base')[0]
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before_it(place):
+    train(place, 'out/crash', '--max_steps=4', '--eval_interval=0')
+    out = place / 'out/crash'
+    (out / 'checkpoint.pt.tmp').write_bytes(b'half a file')             # as a crash in the middle of writing leaves it
+    damaged = (out / 'checkpoint.pt').read_bytes()
+    (out / 'checkpoint.pt').unlink()                                    # its other names keep the old content
+    flipped = bytearray(damaged)
+    flipped[len(flipped) // 2] ^= 1
+    (out / 'checkpoint.pt').write_bytes(flipped)
+    done = script(place, 'train.py', '--dataset=tiny', '--out_dir=out/crash', *TINY, '--max_steps=6',
+                  '--eval_interval=0')
+    assert done.returncode == 0, done.stderr
+    assert 'checkpoint.pt is damaged' in done.stderr and '_checkpoint.pt at step 4' in done.stdout
