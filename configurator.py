@@ -15,6 +15,7 @@ import io
 import os
 import sys
 import tokenize
+import traceback
 from pathlib import Path
 
 
@@ -84,11 +85,13 @@ def _checked(name, value, kinds, where, from_text=False):
             return _BOOLS[value.lower()] if from_text else {True: True, False: False}[value]
         if isinstance(value, (bool, type(None), list, dict, tuple)):
             raise ValueError
+        if isinstance(value, str) and not from_text:
+            raise ValueError
         if kind is int:
             try:
-                return int(value) if from_text or isinstance(value, int) else _whole(value)
+                return int(value) if from_text else _whole(value)
             except ValueError:
-                return _whole(float(value))            # 1e3 is an int if it is whole
+                return _whole(value)                   # 1e3 is an int if it is whole
         if kind is float:
             return float(value)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -100,7 +103,7 @@ def _checked(name, value, kinds, where, from_text=False):
 def _whole(number):
     if not float(number).is_integer():
         raise ValueError
-    return int(number)
+    return int(number) if isinstance(number, int) else int(float(number))
 
 
 def _run_config_file(path, settings):
@@ -114,11 +117,11 @@ def _run_config_file(path, settings):
     try:
         exec(builtins.compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), scope)
     except Exception as e:
-        line = e.lineno if isinstance(e, SyntaxError) else _last_line(e)
+        line = e.lineno if isinstance(e, SyntaxError) else _last_line(e, path)
         raise UserError(f'{path}, line {line}: {type(e).__name__}: {getattr(e, "msg", None) or e}') from None
     changed = {}
     for name, value in scope.items():
-        if name.startswith('_') or callable(value) or type(value).__name__ == 'module':
+        if name.startswith('_') or name not in settings and (callable(value) or type(value).__name__ == 'module'):
             continue                                   # helpers and imports of the file's own are not settings
         _must_exist(name, settings, f'in {path}')
         if value is not settings[name]:
@@ -126,11 +129,10 @@ def _run_config_file(path, settings):
     return changed
 
 
-def _last_line(error):
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    return trace.tb_lineno
+def _last_line(error, path):
+    """The last line of the file `path` that was running when `error` was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame.lineno for frame in frames if frame.filename == path][-1]
 
 
 def _read_comments(source):

@@ -9,6 +9,7 @@ Batches are a pure function of (dataset, seed, step, layout of processes). There
 
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 
 from checkpoint import write_atomically
 from configurator import UserError
-from tokenizer import from_state, gpt2_tokenizer, load_tokenizer
+from tokenizer import from_state, gpt2_tokenizer, load_tokenizer, save_tokenizer
 
 HEADER = 256                                        # int32
 FORMATS = {20240520: (1, np.dtype('<u2')), 20240801: (7, np.dtype('<u4'))}      # magic: (version, dtype of a token)
@@ -30,7 +31,7 @@ IGNORE = -100                                       # a target that is not train
 class ShardWriter:
     """Writes tokens into `folder`/`split`_000000.bin, 000001, ... of at most `shard_size` tokens each.
 
-    They are named *.bin.tmp until finish() renames them all, so that a run cut short leaves nothing that looks whole.
+    They are named *.bin.tmp until install_dataset() renames them: a run cut short leaves nothing that looks whole.
     """
 
     def __init__(self, folder, split, vocab_size, shard_size=100_000_000, with_mask=False):
@@ -68,25 +69,20 @@ class ShardWriter:
             self.files[0].seek(0)
             self.files[0].write(header.tobytes())
             for f in self.files:
+                f.flush()
+                os.fsync(f.fileno())
                 f.close()
             self.files, self.count = [], 0
 
     def finish(self):
-        """Close and rename the shards; return [{'file', 'tokens', 'sha256'}] for meta.json."""
+        """Close the last shard; return [{'file', 'tokens', 'sha256'}] for install_dataset()."""
         self._close_shard()
-        described = []
-        for tmp in self.shards:
-            path = tmp.with_name(tmp.name.removesuffix('.tmp'))
-            if self.with_mask:
-                _mask_path(tmp).replace(_mask_path(path))
-            tmp.replace(path)
-            described.append({'file': path.name, 'tokens': (path.stat().st_size - 4 * HEADER) // self.dtype.itemsize,
-                              'sha256': sha256_of(path)})
-        return described
+        return [{'file': tmp.name.removesuffix('.tmp'), 'sha256': sha256_of(tmp),
+                 'tokens': (tmp.stat().st_size - 4 * HEADER) // self.dtype.itemsize} for tmp in self.shards]
 
 
 def _mask_path(path):
-    return path.with_name(path.name.replace('.bin', '.mask.bin'))
+    return path.with_name(path.name.replace('.npy', '.bin').replace('.bin', '.mask.bin'))
 
 
 def sha256_of(path):
@@ -97,31 +93,49 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def clear_dataset(folder):
-    """Make `folder` if need be, and remove what an earlier preparation left there: meta.json first, then the shards.
+def start_dataset(folder):
+    """Make `folder` if need be, and clear away what a preparation that was cut short left there.
 
-    Raises UserError if it holds shards that we did not make, or cannot be written.
+    A whole data set that is there stays until install_dataset() replaces it. Raises UserError if the folder holds files
+    of another project that would be in the way, or cannot be written.
     """
     folder = Path(folder)
-    if any(folder.glob('*.bin')) and not (folder / 'meta.json').exists() and not any(folder.glob('*.bin.tmp')):
-        raise UserError(f'{folder} holds shards made by another project; choose another folder with --out')
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        leftovers = list(folder.glob('*.tmp'))
+        if not leftovers and not (folder / 'meta.json').exists():
+            foreign = [p.name for pattern in _REPLACED for p in folder.glob(pattern)]
+            if foreign:
+                raise UserError(f'{folder} holds {foreign[0]}, made by another project; choose another --out')
+        for path in leftovers:
+            if path.name != 'meta.json.tmp':        # the mark of a half-made data set goes last, in install_dataset()
+                path.unlink()
     except OSError as e:
-        raise UserError(f'cannot make the folder {folder}: {e.strerror}; choose another with --out') from None
-    for pattern in ('meta.json', '*.bin.tmp', 'tokenizer.json', 'train*.bin', 'val*.bin'):
-        for path in folder.glob(pattern):
-            path.unlink()
+        raise UserError(f'cannot write the folder {folder}: {e.strerror}; choose another with --out') from None
 
 
-def write_meta(folder, tokenizer, shards, source, split, template=''):
-    """Write meta.json, which says that the data set is whole. shards: {'train': writer.finish(), 'val': ...}."""
+_REPLACED = ('train*.bin', 'val*.bin', 'tokenizer.json')
+
+
+def install_dataset(folder, tokenizer, shards, source, split, template=''):
+    """Replace the data set in `folder` by the new shards, {'train': writer.finish(), 'val': ...}, and their tokenizer.
+
+    meta.json is the first to go and the last to come: a folder without it is half made.
+    """
+    folder = Path(folder)
     meta = {'format': 1, 'tokenizer': tokenizer.kind, 'fingerprint': tokenizer.fingerprint,
             'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'template': template,
             'source': source, 'split': split, 'shards': shards}
     text = json.dumps(meta, ensure_ascii=False, indent=1) + '\n'
-    write_atomically(Path(folder, 'meta.json'), lambda f: f.write(text.encode('utf-8')))
-    return meta
+    (folder / 'meta.json.tmp').write_text(text, encoding='utf-8')           # until the end, the mark of unfinished work
+    (folder / 'meta.json').unlink(missing_ok=True)
+    for pattern in _REPLACED:
+        for path in folder.glob(pattern):
+            path.unlink()
+    save_tokenizer(tokenizer, folder)
+    for path in folder.glob('*.bin.tmp'):
+        path.replace(path.with_name(path.name.removesuffix('.tmp')))
+    write_atomically(folder / 'meta.json', lambda f: f.write(text.encode('utf-8')))
 
 
 # -----------------------------------------------------------------------------
@@ -138,7 +152,7 @@ def find_dataset(name, missing_ok=False):
         raise UserError(f'there is no data set {name!r} under data/ and no folder of that name'
                         + (f' (there is: {", ".join(made)})' if made else '')
                         + f'\nmake it first: python prepare_data.py --dataset={name}')
-    ours = any(folder.glob('*.bin.tmp')) or (folder / 'tokenizer.json').exists()
+    ours = any(folder.glob('*.tmp')) or (folder / 'tokenizer.json').exists()
     if ours and not (folder / 'meta.json').exists():
         raise UserError(f'{folder} is half made: its preparation was cut short; run it again')
     return folder

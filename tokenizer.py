@@ -18,6 +18,8 @@ from pathlib import Path
 from configurator import UserError
 
 END_OF_TEXT = '<|endoftext|>'
+HALF_PAIR = ('the text holds half of a surrogate pair, which is not valid Unicode; remove it, or read the file '
+             'with the right encoding')
 
 
 class CharTokenizer:
@@ -55,7 +57,10 @@ class BPETokenizer:
     def __init__(self, text):
         from tokenizers import Tokenizer
         self.text = text
-        self.bpe = Tokenizer.from_str(text)
+        try:
+            self.bpe = Tokenizer.from_str(text)
+        except Exception as e:                      # the library raises nothing more particular
+            raise UserError(f'this is not the content of a tokenizer.json ({e}); prepare the data again') from None
         self.bpe.encode_special_tokens = True       # "<|endoftext|>" in a text is thirteen characters, not the token
         self.vocab_size = self.bpe.get_vocab_size()
         self.eot = self.bpe.token_to_id(END_OF_TEXT)
@@ -67,8 +72,7 @@ class BPETokenizer:
         try:
             return [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
         except (UnicodeEncodeError, TypeError):
-            raise UserError('the text holds half of a surrogate pair, which is not valid Unicode; '
-                            'remove it, or read the file with the right encoding') from None
+            raise UserError(HALF_PAIR) from None
 
     def decode(self, ids):
         return self.bpe.decode(list(ids), skip_special_tokens=True)
@@ -135,10 +139,12 @@ def train_char(texts, with_eot=True):
     chars = set()
     for text in texts:
         chars.update(text)
+    if any('\ud800' <= c <= '\udfff' for c in chars):
+        raise UserError(HALF_PAIR)
     return from_state({'kind': 'char', 'chars': ''.join(sorted(chars)), 'eot': END_OF_TEXT if with_eot else ''})
 
 
-def train_bpe(texts, vocab_size, show_progress=False):
+def train_bpe(texts, vocab_size):
     """A byte-level BPE of at most `vocab_size` ids (256 bytes, end-of-text, and merges) from an iterable of texts.
 
     The byte-level alphabet, pre-tokenizer and decoder are GPT-2's, so any text round-trips, rare characters included.
@@ -150,9 +156,12 @@ def train_bpe(texts, vocab_size, show_progress=False):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=show_progress,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    try:
+        bpe.train_from_iterator(texts, trainer)
+    except UnicodeEncodeError:
+        raise UserError(HALF_PAIR) from None
     return from_state({'kind': 'bpe', 'tokenizer.json': bpe.to_str()})
 
 
@@ -174,4 +183,5 @@ def load_tokenizer(path):
         state = json.loads(text)
     except (OSError, ValueError) as e:
         raise UserError(f'{path} could not be read as a tokenizer ({e})') from None
-    return from_state(state if 'chars' in state else {'kind': 'bpe', 'tokenizer.json': text})
+    is_chars = isinstance(state, dict) and 'chars' in state
+    return from_state(state if is_chars else {'kind': 'bpe', 'tokenizer.json': text})
