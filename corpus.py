@@ -10,6 +10,7 @@ import codecs
 import glob
 import gzip
 import json
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -32,9 +33,11 @@ def find_inputs(text):
     """The files that --input names: a file, a folder, a pattern, or several with commas between. Raises UserError."""
     names = [text] if Path(text).exists() else [t.strip() for t in text.split(',') if t.strip()]
     paths = []
+    if not names:
+        raise UserError(f'input {text!r} names no file')
     for name in names:
         if Path(name).is_dir():
-            found = sorted(p for p in Path(name).rglob('*') if kind_of(p))
+            found = sorted(p for p in Path(name).rglob('*') if p.is_file() and kind_of(p))
         else:
             found = [Path(p) for p in ([name] if Path(name).exists() else sorted(glob.glob(name)))]
         if not found:
@@ -68,14 +71,15 @@ def read_documents(paths, separator='', template='', encoding='auto', doing='rea
                         yield Piece(number, starts, segments)
                         bar.update(raw.tell() - position)
                         position = raw.tell()
-                except (OSError, EOFError) as e:
+                except (OSError, EOFError, zlib.error) as e:
                     raise UserError(f'{path} cannot be read: {e}') from None
 
 
 def _decoded_lines(path, raw, encoding, limit=-1):
     """(line number, text) for the lines of a file; one longer than `limit` bytes comes in several parts."""
     file = gzip.GzipFile(fileobj=raw) if path.name.endswith('.gz') else raw
-    if encoding == 'auto':
+    guessed = encoding == 'auto'
+    if guessed:
         try:
             codecs.getincrementaldecoder('utf-8')().decode(file.read(PIECE))
             encoding = 'utf-8-sig'
@@ -93,8 +97,9 @@ def _decoded_lines(path, raw, encoding, limit=-1):
         try:
             text = decoder.decode(chunk, final=last)
         except UnicodeDecodeError as e:
-            raise UserError(f'{path}:{number}: not {encoding.removesuffix("-sig")}, byte 0x{e.object[e.start]:02x}; '
-                            'convert the file, or name what it is in: --encoding=gb18030, utf-16, ...') from None
+            tried = 'UTF-8 or GB18030' if guessed else encoding
+            raise UserError(f'{path}:{number}: byte 0x{e.object[e.start]:02x} is not {tried}; '
+                            'convert the file to UTF-8 first, for instance with iconv') from None
         if text:
             yield number, text.replace('\r\n', '\n')
         number += chunk.endswith(b'\n')
@@ -123,7 +128,7 @@ def _read_txt(path, raw, separator, template, encoding):
             rest = rest.lstrip() if starts else rest
         if lines is None:
             break
-        if len(rest) > PIECE:
+        if len(rest) > PIECE + len(separator):
             cut = _safe_cut(rest[:len(rest) - len(separator)])      # a separator may be half read
             yield starts, [(rest[:cut], True)]
             rest, starts = rest[cut:], False
@@ -202,10 +207,13 @@ def _read_parquet(path, raw, *_):
     try:
         for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(batch_size=256, columns=['text']):
             for text in batch.column(0).to_pylist():
+                if not isinstance(text, str | None):
+                    raise TypeError('its text column holds no text')
                 if text:
                     yield True, [(text, True)]
-    except (pyarrow.ArrowException, OSError, IndexError) as e:
-        raise UserError(f'{path} cannot be read as parquet with a text column: {str(e).splitlines()[0]}') from None
+    except (pyarrow.ArrowException, OSError, IndexError, TypeError) as e:
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f'{path} cannot be read as parquet with a text column: {why}') from None
 
 
 _READERS = {'txt': _read_txt, 'jsonl': _read_jsonl, 'parquet': _read_parquet}

@@ -102,7 +102,7 @@ def start_dataset(folder):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        leftovers = list(folder.glob('*.tmp'))
+        leftovers = _unfinished(folder)
         if not leftovers and not (folder / 'meta.json').exists():
             foreign = [p.name for pattern in _REPLACED for p in folder.glob(pattern)]
             if foreign:
@@ -112,6 +112,11 @@ def start_dataset(folder):
                 path.unlink()
     except OSError as e:
         raise UserError(f'cannot write the folder {folder}: {e.strerror}; choose another with --out') from None
+
+
+def _unfinished(folder):
+    """The files that a preparation under way, or cut short, has in `folder`."""
+    return [path for pattern in ('*.bin.tmp', 'meta.json.tmp') for path in folder.glob(pattern)]
 
 
 _REPLACED = ('train*.bin', 'val*.bin', 'tokenizer.json')
@@ -152,9 +157,12 @@ def find_dataset(name, missing_ok=False):
         raise UserError(f'there is no data set {name!r} under data/ and no folder of that name'
                         + (f' (there is: {", ".join(made)})' if made else '')
                         + f'\nmake it first: python prepare_data.py --dataset={name}')
-    ours = any(folder.glob('*.tmp')) or (folder / 'tokenizer.json').exists()
-    if ours and not (folder / 'meta.json').exists():
-        raise UserError(f'{folder} is half made: its preparation was cut short; run it again')
+    if not (folder / 'meta.json').exists():
+        if _unfinished(folder) or (folder / 'tokenizer.json').exists():
+            raise UserError(f'{folder} is half made: its preparation was cut short; run it again')
+        if not missing_ok and not any(folder.glob('*.bin')) and not any(folder.glob('*.npy')):
+            raise UserError(f'{folder} is empty: it holds no token shards (.bin or .npy)\n'
+                            'make them first: python prepare_data.py --help')
     return folder
 
 

@@ -28,6 +28,10 @@ def pick_device(name='auto', local_rank=0):
         name = 'cuda' if cuda else 'mps' if mps else 'cpu'
     kind = name.partition(':')[0]
     here = ['cpu'] + ['cuda'] * cuda + ['mps'] * mps
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise UserError(f"there is no device {name!r}; choose one of {', '.join(here)}, or auto") from None
     if kind not in here:
         raise UserError(f"device {name!r} is not available here; choose one of {', '.join(here)}, or auto")
     if kind == 'cuda':
@@ -80,7 +84,7 @@ def synchronize(device):
 
 def peak_flops(device, dtype):
     """The most floating-point operations a second that matrix products reach here: the data sheet's figure for a GPU
-    listed above, otherwise the best of a few large products timed now (about a second, once)."""
+    listed above, otherwise the best of some large products timed now (less than a second, once)."""
     if torch.device(device).type == 'cuda':
         name = torch.cuda.get_device_name(device)
         for key, (half, single) in PEAK_TFLOPS.items():
@@ -89,7 +93,7 @@ def peak_flops(device, dtype):
     n = 1024 if torch.device(device).type == 'cpu' else 4096
     a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
     best = float('inf')
-    for _ in range(6):
+    for _ in range(20):
         synchronize(device)
         start = time.perf_counter()
         a @ a

@@ -122,11 +122,21 @@ def main():
                              ('repetition_penalty', repetition_penalty > 0, 'above 0'),
                              ('num_samples', num_samples > 0, 'at least 1'),
                              ('batch_size', batch_size > 0, 'at least 1'),
+                             ('seed', 0 <= seed < 1 << 63, 'at least 0 and below 2^63'),
                              ('max_new_tokens', max_new_tokens > 0, 'at least 1')]:
         if not good:
             raise UserError(f'{name} must be {rule}, not {config[name]}')
-    if prompts_file and not Path(prompts_file).is_file():
-        raise UserError(f'there is no file of prompts {prompts_file!r}')
+    prompts = [prompt]
+    if prompts_file:
+        try:
+            lines = Path(prompts_file).read_text(encoding='utf-8-sig').splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f'the prompts in {prompts_file!r} cannot be read as UTF-8: {e}') from None
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f'{prompts_file} has no prompts: write one a line')
+    if output_file and (Path(output_file).is_dir() or not Path(output_file).parent.is_dir()):
+        raise UserError(f'there is no folder for output_file {output_file!r}; make it first')
 
     chosen_device = pick_device(device)
     chosen_dtype = pick_dtype(dtype, chosen_device)
@@ -173,14 +183,8 @@ def main():
         print('type a prompt and Enter; an empty line or Ctrl-D ends', file=sys.stderr)
         while line := _ask():
             results += answer([line])
-    elif prompts_file:
-        lines = Path(prompts_file).read_text(encoding='utf-8-sig').splitlines()
-        prompts = [line for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f'{prompts_file} has no prompts: write one a line')
-        results = answer(prompts)
     else:
-        results = answer([prompt])
+        results = answer(prompts)
     if output_file:
         if output_file.endswith('.jsonl'):
             lines = [json.dumps({'prompt': p, 'text': t}, ensure_ascii=False) for p, t in results]

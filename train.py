@@ -99,9 +99,16 @@ def say(text):
 
 say(f'using device: {device}, dtype: {dtype}, compile: {compile}')
 for name, least in {'batch_size': 1, 'block_size': 1, 'total_batch_size': 0, 'max_steps': 0, 'eval_interval': 0,
-                    'eval_iters': 1, 'log_interval': 1, 'warmup_steps': 0}.items():
+                    'eval_iters': 1, 'log_interval': 1, 'warmup_steps': 0, 'grad_clip': 0, 'keep_checkpoints': 0,
+                    'checkpoint_interval': 0, 'sample_interval': 0, 'seed': 0}.items():
     if config[name] < least:
         raise UserError(f'{name} must be at least {least}, not {config[name]}')
+if seed >= 1 << 31:
+    raise UserError(f'seed must be below {1 << 31}, not {seed}')
+try:
+    os.makedirs(out_dir, exist_ok=True)
+except OSError as e:
+    raise UserError(f'cannot make the folder out_dir={out_dir!r}: {e.strerror}; choose another --out_dir') from None
 tokens_per_micro_step = batch_size * block_size * world_size
 total_batch_size = total_batch_size or tokens_per_micro_step
 grad_accum_steps = total_batch_size // tokens_per_micro_step
@@ -115,6 +122,8 @@ say(f'=> calculated gradient accumulation steps: {grad_accum_steps}')
 # the model: new, or as a checkpoint left it
 folder = find_dataset(dataset)
 tokenizer = dataset_tokenizer(folder)
+if sample_interval:
+    tokenizer.encode(sample_prompt)             # a character that it does not have is better found now than later
 vocab_size = tokenizer.vocab_size
 if vocab_size > 4096:                           # tensor cores like multiples of 64, and here the padding costs little
     vocab_size = 64 * math.ceil(vocab_size / 64)
@@ -265,7 +274,6 @@ def elapsed():
 metrics_file = Path(out_dir, 'metrics.jsonl')
 writer = None
 if rank == 0:
-    os.makedirs(out_dir, exist_ok=True)
     lines = metrics_file.read_text(encoding='utf-8').splitlines() if first_step and metrics_file.exists() else []
     lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first_step]
     write_atomically(metrics_file, lambda f: f.writelines(f'{line}\n'.encode() for line in lines))

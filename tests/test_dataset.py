@@ -16,11 +16,11 @@ from dataset import (
     TokenDataset,
     dataset_tokenizer,
     find_dataset,
+    install_dataset,
     open_shard,
     read_meta,
     sha256_of,
     shuffled,
-    write_meta,
 )
 from tokenizer import save_tokenizer, train_char
 
@@ -41,9 +41,7 @@ def make_ours(folder, train=ROW, val=ROW[:100], shard_size=10 ** 8, mask=None, v
         writer = ShardWriter(folder, split, vocab_size, shard_size, with_mask=mask is not None)
         writer.write(tokens, None if mask is None else mask[:len(tokens)])
         shards[split] = writer.finish()
-    tokenizer = train_char(['abc'])
-    save_tokenizer(tokenizer, folder)
-    write_meta(folder, tokenizer, shards, 'a test', 'none')
+    install_dataset(folder, train_char(['abc']), shards, 'a test', 'none')
     return folder
 
 
@@ -66,13 +64,15 @@ def epoch_starts(data, epoch):
 # -----------------------------------------------------------------------------
 # the files
 
-@pytest.mark.parametrize('vocab_size, magic, version, dtype', [(65536, 20240520, 1, '<u2'), (65537, 20240801, 7, '<u4')])
+@pytest.mark.parametrize('vocab_size, magic, version, dtype', [
+    (65536, 20240520, 1, '<u2'), (65537, 20240801, 7, '<u4')])
 def test_a_shard_is_llm_c_s_layout_byte_for_byte(tmp_path, vocab_size, magic, version, dtype):
     tokens = [0, 1, 513, 40000, vocab_size - 1]
     writer = ShardWriter(tmp_path, 'train', vocab_size)
     writer.write(tokens[:2])
     writer.write(np.array(tokens[2:]))
     described = writer.finish()
+    install_dataset(tmp_path, train_char(['abc']), {'train': described}, 'a test', 'none')
     path = tmp_path / 'train_000000.bin'
     assert path.read_bytes() == shard_bytes(tokens, magic, version, dtype)
     assert described == [{'file': path.name, 'tokens': 5, 'sha256': sha256_of(path)}]
@@ -85,6 +85,7 @@ def test_shards_are_as_large_as_asked_and_lose_nothing(tmp_path):
     for i in range(0, 3000, 999):
         writer.write(ROW[i:i + 999])
     described = writer.finish()
+    install_dataset(tmp_path, train_char(['abc']), {'train': described}, 'a test', 'none')
     assert [d['tokens'] for d in described] == [700, 700, 700, 700, 200]
     assert [d['file'] for d in described] == [f'train_{i:06d}.bin' for i in range(5)]
     assert np.concatenate([open_shard(tmp_path / d['file']) for d in described]).tolist() == ROW.tolist()
@@ -93,6 +94,7 @@ def test_shards_are_as_large_as_asked_and_lose_nothing(tmp_path):
 def test_unfinished_shards_do_not_look_whole(tmp_path):
     writer = ShardWriter(tmp_path, 'train', 3000, shard_size=700)
     writer.write(ROW)
+    writer.finish()
     assert not list(tmp_path.glob('*.bin'))
     with pytest.raises(UserError, match='half made'):
         find_dataset(tmp_path)

@@ -26,7 +26,8 @@ def random_text(seed, length=300):
 
 
 TEXTS = ['', ' ', '\n', 'a', 'Hello, world!', "it's  we'll\tthey'd\r\n\r\n   x ", '   leading and trailing   ',
-         '龍飛鳳舞，鬱鬱蔥蔥。𠮷野家的𪚥與䶮', '床前明月光，疑是地上霜。', '👩‍👩‍👧‍👦 🇨🇳 👍🏽 e\u0301 ﷽', '\x00\x01\x07\x1b\x1c\x1f\x7f\x85\u2028\u200b\ufeff\ufffd',
+         '龍飛鳳舞，鬱鬱蔥蔥。𠮷野家的𪚥與䶮', '床前明月光，疑是地上霜。', '👩‍👩‍👧‍👦 🇨🇳 👍🏽 e\u0301 ﷽',
+         '\x00\x01\x07\x1b\x1c\x1f\x7f\x85\u2028\u200b\ufeff\ufffd',
          '<|endoftext|>', 'one<|endoftext|>two<|endoftext|>', 'endoftext |> <| endoftext', '１２３ ٣٤٥ ½ 2024',
          *(random_text(seed) for seed in range(20))]
 

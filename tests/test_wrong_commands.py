@@ -1,0 +1,169 @@
+"""Wrong command lines: each ends in an error of one or two lines, exit status 2, and nothing written or lost."""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import configurator
+
+ROOT = Path(configurator.__file__).resolve().parent
+TRAIN = ('train.py --dataset=tiny --device=cpu --dtype=float32 --tensorboard=false --n_layer=1 --n_head=2 --n_embd=16 '
+         '--block_size=16 --batch_size=4 --total_batch_size=0 --max_steps=2 --warmup_steps=1 --eval_iters=1 ')
+NEW = TRAIN + '--out_dir=new '
+SAMPLE = 'sample.py --device=cpu --dtype=float32 --max_new_tokens=4 --prompt=hello '
+PREPARE = 'prepare_data.py --dataset=custom --tokenizer=char --out=new '
+
+CASES = [       # the command, and what its message names
+    # settings
+    ('train.py --lerning_rate=1e-3', ['lerning_rate', 'learning_rate']),
+    ('train.py --batch_size=many', ['batch_size', 'many', 'whole number']),
+    ('train.py typo.py', ['typo.py', 'lerning_rate', 'learning_rate']),
+    ('train.py config/no_such.py', ['config/no_such.py']),
+    # train: what to compute with
+    (NEW + '--device=tpu', ['tpu', 'cpu']),
+    (NEW + '--device=cpu:x', ['cpu:x']),
+    (NEW + '--dtype=int8', ['int8', 'bfloat16']),
+    (NEW + '--seed=1e10', ['seed', '10000000000']),
+    # train: batches and data
+    (NEW + '--batch_size=0', ['batch_size', '0']),
+    (NEW + '--total_batch_size=100', ['total_batch_size', '100', '64']),
+    (NEW + '--block_size=10000', ['10000', 'tokens', '--block_size']),
+    (NEW + '--dataset=nowhere', ['nowhere', 'python prepare_data.py --dataset=nowhere']),
+    (NEW + '--dataset=empty', ['empty', 'shards']),
+    (NEW + '--dataset=half', ['half', 'half made']),
+    (NEW + '--dataset=cut', ['train_000000.bin', 'cut short']),
+    # train: the model and the optimizer
+    (NEW + '--preset=gpt5', ['gpt5', 'gpt2']),
+    (NEW + '--n_embd=15', ['n_embd 15', 'n_head 2']),
+    (NEW + '--optimizer=sgd', ['sgd', 'adamw']),
+    # train: going on from a checkpoint, and where to write
+    (TRAIN + '--out_dir=out/tiny --n_embd=32', ['n_embd=16', 'n_embd=32']),
+    (TRAIN + '--out_dir=out/tiny --dataset=other', ['tokenizer', 'other']),
+    (TRAIN + '--out_dir=out/tiny --optimizer=muon', ['optimizer', 'muon']),
+    (TRAIN + '--out_dir=out/tiny --max_steps=1', ['max_steps', 'step 2']),
+    (TRAIN + '--out_dir=damaged', ['damaged']),
+    (NEW + '--init_from=out/tiny --block_size=32', ['block_size', '32', '16']),
+    (TRAIN + '--out_dir=hello.txt', ['hello.txt']),
+    (TRAIN + '--out_dir=', ['out_dir']),
+    # sample
+    (SAMPLE + '--out_dir=nowhere', ['nowhere', 'train first']),
+    (SAMPLE + '--init_from=nowhere.pt', ['nowhere.pt']),
+    (SAMPLE + '--init_from=damaged/checkpoint.pt', ['damaged/checkpoint.pt', 'is damaged']),
+    (SAMPLE + '--init_from=object.pt', ['object.pt', 'more than']),
+    (SAMPLE + '--style=bold', ['bold', 'balanced']),
+    (SAMPLE + '--top_p=0', ['top_p', '0.0']),
+    (SAMPLE + '--seed=1e30', ['seed']),
+    (SAMPLE + '--prompt=hello#', ["'#'"]),
+    (SAMPLE + '--prompts_file=nowhere.txt', ['nowhere.txt']),
+    (SAMPLE + '--prompts_file=latin.txt', ['latin.txt', 'UTF-8']),
+    (SAMPLE + '--output_file=nowhere/answers.txt', ['nowhere']),
+    # prepare_data
+    ('prepare_data.py --dataset=shakspeare', ['shakspeare', 'shakespeare']),
+    ('prepare_data.py --dataset=custom', ['--input']),
+    (PREPARE + '--input=nowhere.txt', ['nowhere.txt']),
+    (PREPARE + '--input=,', ['input', "','"]),
+    (PREPARE + '--input=picture.png', ['picture.png', '.txt']),
+    (PREPARE + '--input=empty.txt', ['no text']),
+    (PREPARE + '--input=latin.txt', ['latin.txt', '0xe9', 'convert']),
+    (PREPARE + '--input=lines.jsonl', ['lines.jsonl:2', 'text']),
+    (PREPARE + '--input=surrogate.jsonl', ['surrogate.jsonl']),
+    (PREPARE + '--input=hello.txt --tokenizer=words', ['words', 'bpe']),
+    (PREPARE + '--input=hello.txt --tokenizer=bpe --vocab_size=100', ['vocab_size', '100']),
+    (PREPARE + '--input=hello.txt --val_fraction=1.5', ['val_fraction', '1.5']),
+    (PREPARE + '--input=hello.txt --out=latin.txt', ['latin.txt', '--out']),
+]
+
+
+def run(place, command):
+    """Run a script of the project in the folder `place`, on one core and with no way to the network."""
+    script, *args = shlex.split(command)
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUTF8': '1', 'TIKTOKEN_CACHE_DIR': str(place / 'no_cache'),
+           'HTTP_PROXY': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9'}
+    return subprocess.run([sys.executable, ROOT / script, *args], cwd=place, env=env, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, encoding='utf-8', timeout=60)
+
+
+def files(place):
+    return {p.relative_to(place).as_posix(): p.read_bytes() for p in place.rglob('*') if p.is_file()}
+
+
+def check(done, named):
+    said = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert 'Traceback' not in done.stderr + done.stdout
+    errors = [i for i, line in enumerate(said) if line.startswith('error:')]
+    assert len(errors) == 1 and len(said) - errors[0] <= 2, done.stderr
+    # before it, only warnings, and the line in which sample.py says what it has loaded
+    assert all(line.startswith('warning:') or ' parameters, step ' in line for line in said[:errors[0]]), done.stderr
+    message = '\n'.join(said[errors[0]:])
+    assert [word for word in named if word not in message] == [], message
+
+
+@pytest.fixture(scope='session')
+def place(tmp_path_factory):
+    """A folder with small data sets, a small checkpoint, and much that is wrong."""
+    place = tmp_path_factory.mktemp('wrong')
+    text = 'hello world.\n' * 300
+    (place / 'hello.txt').write_text(text, encoding='utf-8')
+    (place / 'loud.txt').write_text(text.upper(), encoding='utf-8')        # as many characters, but others
+    good = 'prepare_data.py --dataset=custom --tokenizer=char '
+    for command in (good + '--input=hello.txt --out=data/tiny', good + '--input=loud.txt --out=data/other',
+                    TRAIN + '--out_dir=out/tiny'):
+        done = run(place, command)
+        assert done.returncode == 0, done.stderr
+    shutil.copytree(place / 'data/tiny', place / 'data/half')
+    (place / 'data/half/meta.json').unlink()
+    shutil.copytree(place / 'data/tiny', place / 'data/cut')
+    shard = place / 'data/cut/train_000000.bin'
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (place / 'data/empty').mkdir()
+    (place / 'damaged').mkdir()
+    damaged = bytearray((place / 'out/tiny/checkpoint.pt').read_bytes())
+    damaged[len(damaged) // 2] ^= 1                                        # one bit
+    (place / 'damaged/checkpoint.pt').write_bytes(damaged)
+    torch.save({'model': {}, 'model_args': argparse.Namespace()}, place / 'object.pt')
+    (place / 'typo.py').write_text('lerning_rate = 1e-3\n', encoding='utf-8')
+    (place / 'empty.txt').write_bytes(b'')
+    (place / 'latin.txt').write_bytes('un café, deux cafés\n'.encode('latin-1'))
+    (place / 'picture.png').write_bytes(b'\x89PNG')
+    (place / 'lines.jsonl').write_text('{"text": "good"}\n{"txet": "bad"}\n', encoding='utf-8')
+    (place / 'surrogate.jsonl').write_text('{"text": "half a pair: \\ud800, and more text"}\n', encoding='utf-8')
+    return place
+
+
+@pytest.mark.parametrize('command, named', CASES, ids=[c.replace(TRAIN, 'train.py ').replace(SAMPLE, 'sample.py ')
+                                                       .replace(PREPARE, 'prepare_data.py ') for c, _ in CASES])
+def test_a_wrong_command_says_in_a_line_or_two_what_is_wrong_and_writes_nothing(place, command, named):
+    shutil.rmtree(place / 'new', ignore_errors=True)       # of a test that went wrong
+    before = files(place)
+    done = run(place, command)
+    check(done, named)
+    after = files(place)
+    assert after.keys() ^ before.keys() == set()
+    assert [name for name in before if after[name] != before[name]] == []
+
+
+@pytest.mark.parametrize('wrong', ['--input=lines.jsonl', '--input=hello.txt --tokenizer=bpe --vocab_size=100'])
+def test_a_wrong_command_leaves_the_data_set_of_an_earlier_one_alone(place, tmp_path, wrong):
+    shutil.copytree(place / 'data/tiny', tmp_path / 'tiny')
+    before = files(tmp_path)
+    done = run(place, f'{PREPARE} --out={tmp_path.as_posix()}/tiny {wrong}')
+    check(done, [])
+    after = files(tmp_path)
+    assert [name for name in before if after.get(name) != before[name]] == []
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_a_good_one(place, tmp_path):
+    shutil.copytree(place / 'out/tiny', tmp_path / 'run')
+    shutil.copy(place / 'damaged/checkpoint.pt', tmp_path / 'run' / 'best_checkpoint.pt')
+    done = run(place, f'{SAMPLE} --out_dir={tmp_path.as_posix()}/run')
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith('warning:') and 'best_checkpoint.pt is damaged' in done.stderr
+    assert done.stdout.startswith('[Sample 1] hello')
