@@ -25,6 +25,7 @@ from checkpoint import (BEST, FINAL, LATEST, build_model, find_checkpoints, load
 from configurator import UserError, configure
 from dataset import TokenDataset, dataset_tokenizer, find_dataset, read_meta
 from device import all_sum, autocast, init_distributed, peak_flops, pick_device, pick_dtype, synchronize
+from eval_zh import count_right, load_questions
 from model import GPT, PRESETS, GPTConfig
 from sample import generate_texts
 
@@ -42,6 +43,7 @@ sample_interval = 0             # steps between samples printed during training;
 sample_prompt = '\n'            # what those samples begin with
 sample_tokens = 64              # how many tokens each of them has
 num_samples = 2                 # how many of them
+zh_eval_interval = 0            # steps between counts of the held-out Chinese questions answered right; 0 = never
 # data
 dataset = 'fineweb_edu_10B'     # a folder under data/, or a path
 batch_size = 16                 # sequences in a micro-batch, in each process
@@ -205,6 +207,13 @@ if first_step == 0 and init_from == 'scratch':
     say(f'the first loss should be near ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.2f}')
 
 
+template = read_meta(folder).get('template', '')     # what questions are put into, if the data are questions
+if zh_eval_interval:
+    if not template:
+        raise UserError(f'zh_eval_interval needs a data set of questions and answers, which {dataset!r} is not')
+    zh_questions = load_questions()['heldout']
+
+
 def get_batch(step, micro_step):
     """Inputs and targets (B, T) int64 on the device; the copy to a GPU overlaps with what it is doing."""
     x, y = train_data.batch(0 if one_batch else step, micro_step)
@@ -253,6 +262,15 @@ def print_samples(step):
         say(f'sample {i}: {sample_prompt}{everyones[i % world_size][i // world_size]}')
 
 
+def zh_accuracy():
+    """(right, total) of the held-out Chinese questions, each process answering its share."""
+    raw_model.eval()
+    with autocast(device, dtype):
+        right, total = count_right(raw_model, tokenizer, template, zh_questions, rank=rank, world_size=world_size)
+    raw_model.train()
+    return all_sum([right, total], device)
+
+
 def save(step, names):
     """Write everything that is needed to go on from `step`, or to sample, under each of `names` in out_dir."""
     if rank == 0:
@@ -260,7 +278,7 @@ def save(step, names):
             'model': raw_model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
             'scaler': scaler.state_dict(), 'model_args': raw_model.model_args(), 'iter_num': step,
             'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.state(),
-            'tokenizer_fingerprint': tokenizer.fingerprint, 'template': read_meta(folder).get('template', ''),
+            'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template,
             'elapsed_s': elapsed(),
         }, names)
         prune_checkpoints(out_dir, keep_checkpoints)
@@ -331,6 +349,10 @@ for step in range(first_step, max_steps + 1):
         if step > 0 and val_loss < best_val_loss:
             best_val_loss = val_loss
             names.append(BEST)
+    if zh_eval_interval and (step % zh_eval_interval == 0 and step > 0 or last_step) and not stopping:
+        right, total = zh_accuracy()
+        say(f'held-out questions: {right:.0f}/{total:.0f}={right / total:.4f} | elapsed: {elapsed():.1f}s')
+        log_metrics(step, zh_heldout=right / total)
     if checkpoint_interval and step % checkpoint_interval == 0 and step > 0:
         names += [LATEST, f'checkpoint_iter_{step}.pt']
     if last_step:
@@ -408,6 +430,7 @@ say(f'total time: {elapsed() / 60:.2f} minutes, best validation loss: {best_val_
 if writer:
     writer.close()
 if world_size > 1:
+    dist.barrier()                              # gloo aborts if one process leaves while another still listens
     dist.destroy_process_group()
 if stopping:
     sys.exit(128 + stopping)
