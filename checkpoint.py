@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
+from device import DTYPES
 from model import GPT, GPTConfig
+from quantize import to_int8
 from tokenizer import from_state
 
 LATEST, BEST, FINAL = 'checkpoint.pt', 'best_checkpoint.pt', 'final_checkpoint.pt'
@@ -137,10 +139,24 @@ def build_model(checkpoint, path='checkpoint', **changes):
     """
     try:
         model = GPT(GPTConfig(**{**checkpoint['model_args'], **changes}))
+        if checkpoint.get('quantized') == 'int8':
+            model = to_int8(model)
         model.load_state_dict(checkpoint['model'])
     except (RuntimeError, ValueError, TypeError) as e:
         raise UserError(f'{path} does not fit this model: {" ".join(str(e).split())[:300]}') from None
     return model.eval()
+
+
+def load_for_use(init_from, out_dir, device, dtype):
+    """(model, tokenizer, checkpoint, description) for sampling or evaluating on `device`; see pick_checkpoint.
+
+    The weights are cast to `dtype` ('float32', ...), but for int8 ones, which stay as they are.
+    """
+    path, checkpoint = pick_checkpoint(init_from, out_dir)
+    tokenizer, model = tokenizer_of(checkpoint, path), build_model(checkpoint, path)
+    kind = checkpoint.get('quantized') or dtype
+    model = model.to(device) if checkpoint.get('quantized') else model.to(device=device, dtype=DTYPES[dtype])
+    return model, tokenizer, checkpoint, f'{path}: step {checkpoint.get("iter_num", "?")} ({device}, {kind})'
 
 
 def tokenizer_of(checkpoint, path='checkpoint'):

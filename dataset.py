@@ -275,24 +275,38 @@ class TokenDataset:
                             f'block_size {block_size}; lower --block_size, or prepare more text')
 
     def _pack_documents(self, eot):
-        """Masked data: a window starts at a document's start and holds as many whole documents as fit, each with the
-        end-of-text token behind it, so no question is parted from its answer and every answer is trained on once."""
+        """Masked data: a window holds whole documents, as many as fit, each with the end-of-text token behind it, so no
+        question is parted from its answer and every answer is trained on once an epoch. The longest documents are
+        placed first, each where it leaves the least room (best fit decreasing); one that is longer than a window fills
+        several. Sets self.windows: for each the (start, stop) of its documents in the long row.
+        """
         room = self.block_size + 1
         tokens = np.concatenate(self.shards)
-        bounds = np.flatnonzero(tokens == eot)                     # a document's start is the end of the one before
-        if bounds[-1] != self.n_tokens - 1:
-            bounds = np.append(bounds, self.n_tokens)
-        starts, stops, first = [], [], 0
-        while first < len(bounds) - 1:
-            fits = int(np.searchsorted(bounds, bounds[first] + room - 1, side='right')) - 1
-            last = max(fits, first + 1)                            # one that is too long is cut, not lost
-            starts.append(bounds[first])
-            stops.append(min(bounds[last] + 1, bounds[first] + room, self.n_tokens))
-            first = last
-        self.row_starts, self.row_stops = np.array(starts), np.array(stops)
+        starts = np.flatnonzero(tokens == eot)
+        stops = np.append(starts[1:], self.n_tokens - 1 if starts[-1] == self.n_tokens - 1 else self.n_tokens)
+        keep = stops > starts                                      # not the end-of-text token that ends the split
+        starts, stops = starts[keep], np.minimum(stops[keep] + 1, self.n_tokens)
+        self.windows = []
+        open_windows = [[] for _ in range(room + 1)]               # the numbers of the windows with so much room left
+        for d in np.argsort(starts - stops, kind='stable'):
+            start, stop = int(starts[d]), int(stops[d])
+            while stop - start > room:
+                self.windows.append([(start, start + room)])
+                start += self.block_size
+            size = stop - start
+            # behind other documents its first token stands on their last, both being end-of-text
+            left = next((n for n in range(size - 1, room + 1) if open_windows[n]), None)
+            if left is None:
+                self.windows.append([(start, stop)])
+                open_windows[room - size].append(len(self.windows) - 1)
+            else:
+                number = open_windows[left].pop()
+                self.windows[number].append((start, stop))
+                open_windows[left - size + 1].append(number)
+        self.n_windows = len(self.windows)
         trained = np.concatenate(([0], np.cumsum(np.concatenate(self.masks), dtype=np.int64)))
-        self.row_targets = trained[self.row_stops] - trained[self.row_starts + 1]
-        self.n_windows = len(starts)
+        self.row_targets = np.array([sum(trained[stop] - trained[start + 1] for start, stop in window)
+                                     for window in self.windows])
 
     def _read(self, arrays, start, stop):
         """arrays[start:stop] of the long row that the shards make up; a range may cross from one shard to the next."""
@@ -312,21 +326,20 @@ class TokenDataset:
         x = torch.zeros(len(numbers), T, dtype=torch.int64)
         y = torch.full((len(numbers), T), IGNORE, dtype=torch.int64)
         for b, (number, shift) in enumerate(zip(numbers, shifts, strict=True)):
-            if self.masks is None:
-                start = int(number) * T + int(shift)
-                stop = start + T + 1
-            else:
-                start, stop = int(self.row_starts[number]), int(self.row_stops[number])
-            tokens = self._read(self.shards, start, stop).astype(np.int64)
-            if tokens.max() >= self.vocab_size:
-                where = self.paths[int(np.searchsorted(self.ends, start + int(tokens.argmax()), side='right'))]
-                raise UserError(f'{where} holds token {tokens.max()}, outside the vocabulary of {self.vocab_size}; '
-                                'was it made with another tokenizer?')
-            n = len(tokens) - 1
-            x[b, :n] = torch.from_numpy(tokens[:-1])
-            y[b, :n] = torch.from_numpy(tokens[1:])
-            if self.masks is not None:
-                y[b, :n][torch.from_numpy(self._read(self.masks, start + 1, stop) == 0)] = IGNORE
+            first = int(number) * T + int(shift)
+            at = 0
+            for start, stop in [(first, first + T + 1)] if self.masks is None else self.windows[number]:
+                tokens = self._read(self.shards, start, stop).astype(np.int64)
+                if tokens.max() >= self.vocab_size:
+                    where = self.paths[int(np.searchsorted(self.ends, start + int(tokens.argmax()), side='right'))]
+                    raise UserError(f'{where} holds token {tokens.max()}, outside the vocabulary of {self.vocab_size}; '
+                                    'was it made with another tokenizer?')
+                n = len(tokens) - 1
+                x[b, at:at + n] = torch.from_numpy(tokens[:-1])
+                y[b, at:at + n] = torch.from_numpy(tokens[1:])
+                if self.masks is not None:
+                    y[b, at:at + n][torch.from_numpy(self._read(self.masks, start + 1, stop) == 0)] = IGNORE
+                at += n
         return x, y
 
     @property

@@ -103,6 +103,19 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
+def short_causal_attention(q, k, v):
+    """softmax(q k^T / sqrt(hs)) v for q (B, nh, T, hs), k, v (B, n_kv_head, T, hs), as three plain products.
+
+    For training on short texts on a CPU in bfloat16, where the backward pass of PyTorch's fused kernel is slow: four
+    times as fast for B 32, nh 4, T 128, hs 64 on two cores.
+    """
+    B, nh, T, hs = q.shape
+    k, v = (z.repeat_interleave(nh // k.size(1), dim=1).reshape(B * nh, T, hs) for z in (k, v))
+    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).expand(B * nh, T, T)
+    scores = torch.baddbmm(future, q.reshape(B * nh, T, hs), k.transpose(1, 2), alpha=1 / math.sqrt(hs))
+    return (scores.softmax(dim=-1) @ v).view(B, nh, T, hs)
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config, layer):
@@ -132,10 +145,13 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
             if 1 < T < k.size(2):   # several new tokens behind cached ones: each sees the cache and its own past
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-        # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S) -> (B, nh, T, hs), never whole in memory
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-            dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=n_kv_head != n_head)
+        dropout = self.config.dropout if self.training else 0.0
+        if q.requires_grad and q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 256 and not dropout:
+            y = short_causal_attention(q, k, v)
+        else:
+            # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S) -> (B, nh, T, hs), never whole in memory
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                               dropout_p=dropout, enable_gqa=n_kv_head != n_head)
         y = y.transpose(1, 2).contiguous().view(B, T, C)     # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -191,7 +207,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):
         # x (N, C), weight (V, C), targets (N) int64 with -100 for none; the products run in `dtype`
-        rows = max(1, (1 << 28 if x.is_cuda else 1 << 24) // weight.size(0))
+        rows = max(1, (1 << 28 if x.is_cuda else 1 << 20) // weight.size(0))      # on a CPU, what its cache holds
         grad_x, grad_w = torch.empty_like(x), None
         x, w = x.to(dtype), weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -283,9 +299,11 @@ class GPT(nn.Module):
             return self.lm_head(x[:, -1:] if last_only else x), None
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        flat, wanted = x.view(B * T, -1), targets.reshape(-1)
+        if device == 'cpu' and not torch.compiler.is_compiling():           # rows that nothing is asked of cost time
+            flat, wanted = flat[wanted >= 0], wanted[wanted >= 0]
         with torch.autocast(device, enabled=False):
-            loss = LinearCrossEntropy.apply(x.view(B * T, -1), self.lm_head.weight, targets.reshape(-1), dtype,
-                                            torch.is_grad_enabled())
+            loss = LinearCrossEntropy.apply(flat, self.lm_head.weight, wanted, dtype, torch.is_grad_enabled())
         if reduction == 'mean':
             loss = loss / (targets >= 0).sum()
         return None, loss
@@ -361,14 +379,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-               eot=None, n_vocab=None, suppress=(), generator=None, use_cache=True):
+               eot=None, n_vocab=None, suppress=(), suppress_first=(), generator=None, use_cache=True):
         """Continue several prompts, one token a step. Yields (tokens, fresh), each (B,): the ids of the next column,
         and which of them were sampled (the others belong to a prompt that is longer than the shortest, or are done).
 
         idx: (B, T) int64, prompts on the left, anything behind them. lengths: B prompt lengths, each at least 1.
         temperature 0 takes the likeliest token. top_k 0 and top_p 1 leave all. eot: the token that ends a row.
-        n_vocab: sample only ids below it. suppress: ids that are never sampled. use_cache=False recomputes everything,
-        for comparison. A row that grows past block_size goes on with its last block_size tokens.
+        n_vocab: sample only ids below it. suppress: ids that are never sampled; suppress_first: not as a row's first.
+        use_cache=False recomputes everything, for comparison. A row that grows past block_size goes on with its last
+        block_size tokens.
         """
         B, T = idx.shape
         device, block_size = idx.device, self.config.block_size
@@ -379,6 +398,8 @@ class GPT(nn.Module):
         banned = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=device)
         banned[n_vocab or self.config.vocab_size:] = True
         banned[list(suppress)] = True
+        banned_first = banned.clone()
+        banned_first[list(suppress_first)] = True
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
         seen.scatter_(1, tokens[:, :n], True)
         cache = KVCache(self.config, B, min(end, block_size)) if use_cache else None
@@ -393,7 +414,7 @@ class GPT(nn.Module):
                 if eot is not None:
                     repeated[:, eot] = False        # it stands before every document; ending one is no repetition
                 logits = torch.where(repeated, penalized, logits)
-            logits = logits.masked_fill(banned, -math.inf)
+            logits = logits.masked_fill(torch.where((n == lengths)[:, None], banned_first, banned), -math.inf)
             sampled = sample_next(logits, temperature, top_k, top_p, generator)
             fresh = (n >= lengths) & (n < lengths + max_new_tokens) & ~done
             given = tokens[:, n]                    # what stands there: the prompt's own token, or nothing yet

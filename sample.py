@@ -7,16 +7,19 @@
 Without a checkpoint named, the newest run under out/ is used.
 """
 
+import functools
 import json
+import re
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import torch
 
-from checkpoint import build_model, pick_checkpoint, tokenizer_of
+from checkpoint import load_for_use
 from configurator import UserError, configure
-from device import DTYPES, pick_device, pick_dtype
+from device import pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 # which model
@@ -29,6 +32,7 @@ interactive = False         # ask for prompts on the terminal, instead
 num_samples = 1             # continuations of each prompt
 max_new_tokens = 200        # the most tokens in each of them
 stop = ''                   # end a text before this string
+show_label = False          # for questions: print the question and 助手: before the answer
 output_file = ''            # also write the texts here; as JSON, one object a line, if it ends in .jsonl
 # how
 style = 'balanced'          # focused, balanced, creative or wild: sets the three below
@@ -56,14 +60,18 @@ def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200
                    repetition_penalty=1.0, stop='', seed=1337, batch_size=64, on_text=None):
     """Continue each of `prompts`; returns as many strings, without the prompts.
 
-    model, tokenizer: as build_model and tokenizer_of make them. template: what a prompt is put into, in place of
-    '{prompt}'. stop: a string that ends a text, itself left out. on_text(i, text) is told the text of prompt i after
-    every token, as far as it cannot change any more. The other options are those of GPT.stream.
+    model, tokenizer: as load_for_use gives them. template: what a question is put into, in place of
+    '{prompt}', once normalize_question has seen it; then the answer is never empty and never begins with punctuation.
+    stop: a string that ends a text, itself left out. on_text(i, text) is told the text of prompt i after every token,
+    as far as it cannot change any more. The other options are those of GPT.stream.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     start = [] if tokenizer.eot is None else [tokenizer.eot]        # as every document started in training
-    encoded = [start + tokenizer.encode(template.replace('{prompt}', p) if template else p) for p in prompts]
+    if template:
+        prompts = [template.replace('{prompt}', normalize_question(p)) for p in prompts]
+    suppress_first = not_first(tokenizer) if template else ()
+    encoded = [start + tokenizer.encode(p) for p in prompts]
     encoded = [ids or tokenizer.encode('\n') for ids in encoded]
     texts = [''] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))      # neighbours share a batch
@@ -76,7 +84,7 @@ def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200
         new_ids, running = [[] for _ in rows], set(range(len(rows)))
         for tokens, fresh in model.stream(idx.to(device), lengths, max_new_tokens, temperature, top_k, top_p,
                                           repetition_penalty, eot=tokenizer.eot, n_vocab=tokenizer.vocab_size,
-                                          generator=generator):
+                                          suppress_first=suppress_first, generator=generator):
             tokens, fresh = tokens.tolist(), fresh.tolist()
             for b in sorted(running):
                 if not fresh[b]:
@@ -97,7 +105,31 @@ def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200
         for b, i in enumerate(rows):
             if new_ids[b]:
                 texts[i] = tokenizer.decode(new_ids[b])
+            while template and len(texts[i]) > 1 and begins_badly(texts[i]):        # a mark spelt in several tokens
+                texts[i] = texts[i][1:]
     return texts
+
+
+# full-width digits and letters, and the ideographic space, to the half-width ones
+HALF = {c: c - 0xfee0 for a, z in ('０９', 'ＡＺ', 'ａｚ') for c in range(ord(a), ord(z) + 1)} | {0x3000: ' '}
+HAN = '[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]'      # Chinese characters and the marks between them
+
+
+def normalize_question(text):
+    """A question as those in training are written: half-width letters and digits, full-width marks, no stray spaces."""
+    text = re.sub(f'(?<={HAN}) +| +(?={HAN})', '', text.translate(HALF).strip())
+    return re.sub(f'(?<={HAN})[,?!:;]', lambda mark: chr(ord(mark[0]) + 0xfee0), text)
+
+
+def begins_badly(text):
+    """Whether no answer begins like this: nothing, white space, or punctuation that opens nothing."""
+    return not text.strip() or text[0].isspace() or unicodedata.category(text[0]) in ('Pc', 'Pd', 'Pe', 'Pf', 'Po')
+
+
+@functools.lru_cache
+def not_first(tokenizer):
+    """The ids that no answer begins with, end-of-text among them."""
+    return tuple(i for i in range(tokenizer.vocab_size) if begins_badly(tokenizer.decode([i])))
 
 
 def _settled(text, stop):
@@ -139,13 +171,10 @@ def main():
         raise UserError(f'there is no folder for output_file {output_file!r}; make it first')
 
     chosen_device = pick_device(device)
-    chosen_dtype = pick_dtype(dtype, chosen_device)
-    path, checkpoint = pick_checkpoint(init_from, out_dir)
-    tokenizer = tokenizer_of(checkpoint, path)
-    model = build_model(checkpoint, path).to(device=chosen_device, dtype=DTYPES[chosen_dtype])
+    model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, chosen_device,
+                                                             pick_dtype(dtype, chosen_device))
     template = checkpoint.get('template', '')
-    print(f'{path}: {model.num_params():,} parameters, step {checkpoint.get("iter_num", "?")} '
-          f'({chosen_device}, {chosen_dtype})', file=sys.stderr)
+    print(description, file=sys.stderr)
 
     def answer(prompts):
         """The texts for `prompts`, num_samples each, streamed to the terminal if there is one text and a terminal."""
@@ -175,8 +204,8 @@ def main():
         return list(zip(each, texts, strict=True))
 
     def heading(i, p):
-        return f'[Sample {i + 1}] ' + (f'{p}\n' if template and num_samples + bool(prompts_file) > 1 else
-                                       '' if template else p)
+        before = p if not template else template.replace('{prompt}', p) if show_label else ''
+        return f'[Sample {i + 1}] {before}'
 
     results = []
     if interactive:

@@ -144,17 +144,22 @@ def train_char(texts, with_eot=True):
     return from_state({'kind': 'char', 'chars': ''.join(sorted(chars)), 'eot': END_OF_TEXT if with_eot else ''})
 
 
-def train_bpe(texts, vocab_size):
+def train_bpe(texts, vocab_size, single_han=False):
     """A byte-level BPE of at most `vocab_size` ids (256 bytes, end-of-text, and merges) from an iterable of texts.
 
     The byte-level alphabet, pre-tokenizer and decoder are GPT-2's, so any text round-trips, rare characters included.
+    single_han keeps every Chinese character by itself, as no merge reaches beyond it: then a word is cut in the same
+    way whatever stands beside it, which helps a small model to know it again.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     if vocab_size < 257:
         raise UserError(f'vocab_size {vocab_size} is too small: a byte-level BPE has 256 bytes and the end-of-text '
                         'token; use --vocab_size=1024 or more')
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if single_han:
+        alone = pre_tokenizers.Split(Regex('[\\u3400-\\u9fff\\U00020000-\\U0003ffff]'), 'isolated')
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([alone, bpe.pre_tokenizer])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())

@@ -162,6 +162,8 @@ elif init_from == 'resume':
     say(f'resuming from {path} at step {first_step}')
 else:                                           # somebody's weights, to be trained further, from step 0
     path, start = pick_checkpoint(init_from, init_from)
+    if start.get('quantized'):
+        raise UserError(f'{path} holds {start["quantized"]} weights, which cannot be trained; start from its original')
     if tokenizer_of(start, path).fingerprint != tokenizer.fingerprint:
         raise UserError(f'{path} was trained with another tokenizer than that of dataset {dataset!r};\n'
                         'prepare the data with its tokenizer')

@@ -101,7 +101,7 @@ def check(done, named):
     errors = [i for i, line in enumerate(said) if line.startswith('error:')]
     assert len(errors) == 1 and len(said) - errors[0] <= 2, done.stderr
     # before it, only warnings, and the line in which sample.py says what it has loaded
-    assert all(line.startswith('warning:') or ' parameters, step ' in line for line in said[:errors[0]]), done.stderr
+    assert all(line.startswith('warning:') or ': step ' in line for line in said[:errors[0]]), done.stderr
     message = '\n'.join(said[errors[0]:])
     assert [word for word in named if word not in message] == [], message
 

@@ -1,0 +1,19 @@
+# A small GPT on Chinese text, such as poems.  python train.py config/train_zh_lm.py
+# First: python prepare_zh.py --input=poems.jsonl --out=data/tang, with a {"text": "..."} on each line.
+dataset = 'tang'
+out_dir = 'out/zh_lm'
+eval_interval = 200
+eval_iters = 40
+log_interval = 50
+sample_interval = 500
+sample_prompt = ''
+
+preset = 'teaching'
+batch_size, block_size = 32, 128
+total_batch_size = 0            # 32 * 128 = 4,096 tokens
+dropout = 0.1
+
+optimizer = 'muon'
+learning_rate, min_lr = 2e-3, 1e-4
+warmup_steps = 50
+max_steps = 1500

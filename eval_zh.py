@@ -1,0 +1,106 @@
+"""How many questions that it has never seen does a question-and-answer model answer right?
+
+    python eval_zh.py --init_from=out/zh
+    python eval_zh.py --show            every question with its answer
+
+All questions are answered greedily, in batches through the KV cache. An answer is right if it is the fact's own to the
+letter. The questions: heldout.jsonl (known facts, a form that other facts have in training), heldout_forms.jsonl
+(known facts, a form that nothing has in training), heldout_unknown.jsonl (what it never learned and must decline).
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_for_use
+from configurator import UserError, configure
+from device import pick_device, pick_dtype
+from sample import generate_texts
+
+# -----------------------------------------------------------------------------
+init_from = 'auto'          # a checkpoint file or folder; auto = out_dir, or the newest run in a folder of it
+out_dir = 'out/zh'          # where the run is
+data = ''                   # a folder with the questions; '' = data/zh_qa
+show = False                # print each question with its answer
+max_new_tokens = 96         # the most tokens in an answer
+batch_size = 128            # questions answered at a time
+device = 'auto'             # auto, cpu, cuda, mps
+dtype = 'auto'              # auto, float32, bfloat16, float16
+config = configure(globals())
+# -----------------------------------------------------------------------------
+
+UNKNOWN = '这个问题我还没有学过。'
+SETS = {'heldout': 'held-out questions', 'heldout_forms': 'unseen forms', 'heldout_unknown': 'out-of-scope questions'}
+SHIPPED = Path(__file__).resolve().parent / 'data' / 'zh_qa'
+
+
+def load_questions(folder=SHIPPED):
+    """{'heldout': [{'prompt', 'completion'}], ...} from the .jsonl files of `folder`. Raises UserError."""
+    questions = {}
+    for name in SETS:
+        path = Path(folder, f'{name}.jsonl')
+        try:
+            with open(path, encoding='utf-8') as f:
+                questions[name] = [json.loads(line) for line in f if line.strip()]
+        except (OSError, ValueError) as e:
+            raise UserError(f'{path} cannot be read as questions ({e}); --data names the folder') from None
+    return questions
+
+
+def evaluate(model, tokenizer, template, questions, *, rank=0, world_size=1, batch_size=128, max_new_tokens=96):
+    """Answer this process's share of `questions`. Returns {set: [(prompt, expected, answer), ...]}."""
+    mine = [(name, row) for name in questions for row in questions[name]][rank::world_size]
+    answers = generate_texts([row['prompt'] for _, row in mine], model, tokenizer, template=template, temperature=0,
+                             max_new_tokens=max_new_tokens, batch_size=batch_size)
+    results = {name: [] for name in questions}
+    for (name, row), answer in zip(mine, answers, strict=True):
+        results[name].append((row['prompt'], row['completion'], answer))
+    return results
+
+
+def count_right(model, tokenizer, template, questions, **share):
+    """(right, answered) among a list of questions [{'prompt', 'completion'}]; what train.py asks during training."""
+    rows = evaluate(model, tokenizer, template, {'heldout': questions}, **share)['heldout']
+    return sum(answer == expected for _, expected, answer in rows), len(rows)
+
+
+def count(results):
+    """{set: {'right', 'other_fact', 'declined', 'total'}}: other_fact counts answers that are another fact's own."""
+    known = {expected for rows in results.values() for _, expected, _ in rows} - {UNKNOWN}
+    return {name: {'right': sum(answer == expected for _, expected, answer in rows),
+                   'other_fact': sum(answer != expected and answer in known for _, expected, answer in rows),
+                   'declined': sum(answer == UNKNOWN for _, _, answer in rows), 'total': len(rows)}
+            for name, rows in results.items()}
+
+
+def main():
+    chosen_device = pick_device(device)
+    model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, chosen_device,
+                                                             pick_dtype(dtype, chosen_device))
+    template = checkpoint.get('template', '')
+    if not template:
+        raise UserError(f'{description} was not trained on questions and answers: its data set has no template')
+    questions = load_questions(data or SHIPPED)
+    start = time.time()
+    with torch.inference_mode():
+        results = evaluate(model, tokenizer, template, questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    seconds = time.time() - start
+    if show:
+        for name, rows in results.items():
+            for prompt, expected, answer in rows:
+                mark = '✔' if answer == expected else '✘'
+                print(f'{mark} [{name}] {prompt} {answer}' + ('' if answer == expected else f'  (应为：{expected})'))
+    for name, n in count(results).items():
+        line = f'{SETS[name]}: {n["right"]}/{n["total"]}={n["right"] / n["total"]:.4f}'
+        if name != 'heldout_unknown':
+            line += (f' | from another fact: {n["other_fact"] / n["total"]:.4f}'
+                     f' | wrongly declined: {n["declined"] / n["total"]:.4f}')
+        print(line)
+    total = sum(map(len, questions.values()))
+    print(f'{description}: {total} questions in {seconds:.1f} s')
+
+
+if __name__ == '__main__':
+    main()

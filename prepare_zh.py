@@ -1,0 +1,134 @@
+"""Chinese questions and answers, and Chinese text -> tokenizer, token shards and masks, in data/zh/ or another folder.
+
+    python prepare_zh.py                                        the set that ships with the project
+    python prepare_zh.py --input=poems.jsonl --out=data/poems   your own text
+    python prepare_zh.py --input=data/zh_qa/train.jsonl,my_facts.jsonl --weights=1,3 --out=data/mine
+    python prepare_zh.py --download=belle --out=data/belle      an open corpus, from the hub or its mirror (HF_ENDPOINT)
+
+--input takes .jsonl with {"prompt", "completion"}, {"conversations": [{"role", "content"}, ...]}, {"instruction",
+"input", "output"} or {"text"} on each line, and plain .txt. Only answers, and the end-of-text token behind each, are
+trained on; of plain text, everything is.
+"""
+
+import random
+from pathlib import Path
+
+from configurator import UserError, configure
+from corpus import find_inputs, read_documents, split_pieces, split_rule, write_dataset
+from dataset import start_dataset
+from download import hub_download, hub_files
+from tokenizer import train_bpe
+
+# -----------------------------------------------------------------------------
+input = ''                  # your own files, a folder, or several with commas; '' = the set in data/zh_qa
+weights = ''                # how often each of the inputs is taken, such as 1,3 or 1,0.5; '' = each once
+download = ''               # an open corpus instead: wikipedia (1.4 million articles) or belle (500,000 instructions)
+out = 'data/zh'             # the folder to make
+vocab_size = 0              # ids of the BPE; 0 = 2560 for the set that ships, 8192 for others
+single_han = True           # the BPE keeps every Chinese character by itself; false = it may join them to words
+val_fraction = 0.05         # the part of the inputs kept for validation
+encoding = 'auto'           # auto (UTF-8, or else GB18030), utf-8, gb18030, ...
+template = '用户:{prompt}\n助手:'     # what a question is put into, in training and in sampling
+block_size = 128            # questions with answers that have more tokens than this are left out, and counted
+seed = 1337                 # of the order of the rows
+config = configure(globals())
+# -----------------------------------------------------------------------------
+
+CORPORA = {                 # repository on the hub, how its files begin, how they end
+    'wikipedia': ('wikimedia/wikipedia', '20231101.zh/', '.parquet'),
+    'belle': ('BelleGroup/train_0.5M_CN', 'Belle_open_source_0.5M', '.json'),
+}
+SHIPPED = Path(__file__).resolve().parent / 'data' / 'zh_qa'
+SHUFFLE = 1 << 16           # rows that are shuffled at a time
+
+
+def fetch_corpus(name):
+    """Download an open corpus once, into data/<name>/source; returns its files. Raises UserError."""
+    if name not in CORPORA:
+        raise UserError(f'there is no corpus {name!r} to download; choose one of {", ".join(CORPORA)}')
+    repo, begins, ends = CORPORA[name]
+    files = [f for f in hub_files(repo, repo_type='dataset')
+             if f['path'].startswith(begins) and f['path'].endswith(ends)]
+    if not files:
+        raise UserError(f'{repo} has no file {begins}*{ends} any more; download another, or use --input')
+    return [hub_download(repo, f['path'], Path('data', name, 'source'), repo_type='dataset', sha256=f['sha256'],
+                         size=f['size']) for f in files]
+
+
+def repeated(pieces_again, weight_of):
+    """The (split, piece) pairs of pieces_again(), each training document as often as its file's weight says.
+
+    Weight 2.5 takes every document twice and every other once more. A document for validation is taken once.
+    """
+    for turn in range(max(1, -int(-max(weight_of) // 1))):
+        numbers = [-1] * len(weight_of)
+        for name, piece in pieces_again():
+            numbers[piece.file] += piece.starts
+            i, weight = numbers[piece.file], weight_of[piece.file]
+            copies = int((i + 1) * weight) - int(i * weight) if name == 'train' else int(weight > 0)
+            if turn < copies:
+                yield name, piece
+
+
+def shuffled_rows(pairs, rng):
+    """`pairs` in another order, a buffer at a time, so that what stands together in a window is not of one kind."""
+    buffer = []
+    for pair in pairs:
+        buffer.append(pair)
+        if len(buffer) == SHUFFLE:
+            rng.shuffle(buffer)
+            yield from buffer
+            buffer.clear()
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def main():
+    if '{prompt}' not in template:
+        raise UserError("template must contain {prompt}, which the question takes the place of")
+    if not 0 < val_fraction < 1:
+        raise UserError(f'val_fraction must be between 0 and 1, not {val_fraction}')
+    if block_size < 8:
+        raise UserError(f'block_size must be at least 8, not {block_size}')
+    shipped = not input and not download
+    if shipped:
+        paths, named = [SHIPPED / 'train.jsonl', SHIPPED / 'val.jsonl'], [SHIPPED]
+        if not paths[0].exists():
+            raise UserError(f'{paths[0]} is missing; get the whole repository, or use --input')
+    else:
+        named = [Path(t) for t in input.split(',')] if input and not Path(input).exists() else [Path(input)]
+        paths = fetch_corpus(download) if download else find_inputs(input)
+    try:
+        given = [float(w) for w in weights.split(',')] if weights else [1.0] * len(paths)
+    except ValueError:
+        given = []
+    if len(given) != len(paths) or min(given, default=-1) < 0 or max(given, default=0) <= 0:
+        raise UserError(f'weights {weights!r} should be a number, not negative, for each of the {len(paths)} input '
+                        'files, such as --weights=1,3')
+    start_dataset(out)
+
+    def documents(doing):
+        return read_documents(paths, template=template, encoding=encoding, doing=doing)
+
+    rule = ('files', None) if shipped else split_rule(documents('reading'), val_fraction)
+
+    def split_documents(doing='encoding'):
+        if shipped:
+            return ((('train', 'val')[piece.file], piece) for piece in documents(doing))
+        return split_pieces(documents(doing), val_fraction, *rule)
+
+    # the tokenizer learns from what is trained on; if that has no questions, it is language modelling, without masks
+    with_masks = any(len(piece.segments) > 1 for piece in documents('looking for questions'))
+    codec = train_bpe((text for name, piece in split_documents('training the tokenizer') if name == 'train'
+                       for text, _ in piece.segments), vocab_size or (2560 if shipped else 8192), single_han)
+    print(f'tokenizer: {codec.kind}, {codec.vocab_size:,} ids')
+    pairs = repeated(split_documents, given)
+    if with_masks:
+        # a long text in several pieces becomes several documents, so that rows can be shuffled
+        pairs = shuffled_rows(((name, piece._replace(starts=True)) for name, piece in pairs), random.Random(seed))
+    write_dataset(out, codec, pairs, ', '.join(p.name for p in named[:5]) or download, f'{rule[0]}; '
+                  f'val_fraction={val_fraction}', template if with_masks else '', with_masks, block_size)
+
+
+if __name__ == '__main__':
+    main()

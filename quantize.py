@@ -1,0 +1,81 @@
+"""int8 weights, for decoding on a CPU, where reading the weights is most of the work.
+
+Each row of a weight matrix is kept as whole numbers from -127 to 127 and one float32 scale; activations are quantized
+row by row as they come. The embedding and the output layer are included, tied ones kept once.
+"""
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+def quantize_rows(weight):
+    """(int8 matrix, float32 scales) of a float matrix (O, I): weight is about matrix * scales[:, None]."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127                     # (O,)
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def pack(weight):
+    """The int8 matrix (O, I) in the layout that this CPU's kernel wants, or None where there is no such kernel."""
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        int8_product(torch.zeros(1, weight.size(1)), packed, torch.ones(weight.size(0)))
+        return packed
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return None
+
+
+def int8_product(x, packed, scale):
+    """x (N, I) float32 times the packed matrix (O, I) with its scales: (N, O) float32."""
+    row_scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12).div_(127)
+    # unsigned, around 128: the kernel is fast for unsigned activations only
+    quantized = (x / row_scale).round_().add_(128).to(torch.uint8)
+    zeros = torch.zeros_like(scale, dtype=torch.int64)
+    y = torch.ops.onednn.qlinear_pointwise(quantized, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32,
+                                           'none', [], '')
+    return y.mul_(row_scale)
+
+
+class Int8Linear(nn.Module):
+    """What nn.Linear does, with int8 weights. Its buffers are the checkpoint's; the packed copy is made when needed."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight_int8, scale = quantize_rows(linear.weight)
+        self.register_buffer('weight_int8', weight_int8)
+        self.register_buffer('scale', scale)
+        self.bias = linear.bias
+        self.packed = ()                            # () not tried yet, None no kernel for it here
+
+    def forward(self, x):
+        if self.packed == () and x.device.type == 'cpu':
+            self.packed = pack(self.weight_int8)
+        if x.device.type != 'cpu' or self.packed is None:       # the plain way: float weights, made as they are needed
+            return F.linear(x, (self.weight_int8 * self.scale[:, None]).to(x.dtype), self.bias)
+        y = int8_product(x.reshape(-1, x.size(-1)), self.packed, self.scale)
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.view(*x.shape[:-1], -1)
+
+
+class Int8Embedding(nn.Module):
+    """What nn.Embedding does, with the int8 rows and scales of `source`, an Int8Linear."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.register_buffer('weight_int8', source.weight_int8)
+        self.register_buffer('scale', source.scale)
+
+    def forward(self, idx):
+        return self.weight_int8[idx] * self.scale[idx].unsqueeze(-1)
+
+
+def to_int8(model):
+    """Replace a GPT's linear layers and token embedding by int8 ones, in place, for decoding only; returns it."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    wte = model.transformer['wte']
+    model.transformer['wte'] = Int8Embedding(model.lm_head if model.config.tie_weights else Int8Linear(wte))
+    return model.eval()
