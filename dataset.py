@@ -276,9 +276,10 @@ class TokenDataset:
 
     def _pack_documents(self, eot):
         """Masked data: a window holds whole documents, as many as fit, each with the end-of-text token behind it, so no
-        question is parted from its answer and every answer is trained on once an epoch. The longest documents are
-        placed first, each where it leaves the least room (best fit decreasing); one that is longer than a window fills
-        several. Sets self.windows: for each the (start, stop) of its documents in the long row.
+        question is parted from its answer and every answer is trained on once an epoch. Each document, as they come, is
+        put where it leaves the least room (best fit; sorting them first would fill windows a little better, but with
+        documents that are alike); one longer than a window fills several. Sets self.windows: for each the (start, stop)
+        of its documents in the long row.
         """
         room = self.block_size + 1
         tokens = np.concatenate(self.shards)
@@ -288,8 +289,7 @@ class TokenDataset:
         starts, stops = starts[keep], np.minimum(stops[keep] + 1, self.n_tokens)
         self.windows = []
         open_windows = [[] for _ in range(room + 1)]               # the numbers of the windows with so much room left
-        for d in np.argsort(starts - stops, kind='stable'):
-            start, stop = int(starts[d]), int(stops[d])
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             while stop - start > room:
                 self.windows.append([(start, start + room)])
                 start += self.block_size

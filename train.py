@@ -64,6 +64,7 @@ position = 'learned'            # learned or rope
 mlp = 'gelu'                    # gelu, gelu_erf, silu, swiglu or relu2
 tie_weights = True              # the output layer is the token embedding
 qk_norm = False                 # normalise queries and keys
+isolate_documents = False       # attention does not look beyond the start of a document; for questions with answers
 # optimizer
 optimizer = 'adamw'             # adamw, or muon (for the blocks' matrices; AdamW for the rest)
 learning_rate = 6e-4            # the peak
@@ -134,6 +135,10 @@ if preset and preset not in PRESETS:
 shape = {name: config[name] for name in ('block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'dropout',
                                          'bias', 'norm', 'position', 'mlp', 'tie_weights', 'qk_norm')}
 shape |= {**PRESETS.get(preset, {}), 'block_size': block_size}
+if isolate_documents:
+    if tokenizer.eot is None:
+        raise UserError(f'isolate_documents needs an end-of-text token, which the tokenizer of {dataset!r} has not')
+    shape['document_token'] = tokenizer.eot
 try:
     gpt_config = GPTConfig(vocab_size=vocab_size, **shape)
 except ValueError as e:
