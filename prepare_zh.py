@@ -63,7 +63,7 @@ def repeated(pieces_again, weight_of):
     for turn in range(max(1, -int(-max(weight_of) // 1))):
         numbers = [-1] * len(weight_of)
         for name, piece in pieces_again():
-            numbers[piece.file] += piece.starts
+            numbers[piece.file] += piece.starts and name == 'train'
             i, weight = numbers[piece.file], weight_of[piece.file]
             copies = int((i + 1) * weight) - int(i * weight) if name == 'train' else int(weight > 0)
             if turn < copies:

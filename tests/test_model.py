@@ -199,6 +199,27 @@ def test_rmsnorm_divides_by_the_root_of_the_mean_square():
     assert torch.allclose(model.transformer.ln_f(x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize('shape', ['teaching', 'llama'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_isolated_documents_in_a_window_are_as_each_alone(shape, dtype):
+    model = lively(GPTConfig(**SMALL, **SHAPES[shape], document_token=0))
+    documents = [torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(1, 61, (n,))]) for n in (4, 2, 6)]
+    with torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32):
+        together = model(torch.cat(documents)[None])[0][0]             # with gradients: the way that training goes
+        alone = torch.cat([model(d[None])[0][0] for d in documents])
+    tolerance = 1e-4 if dtype == torch.float32 else 0.15
+    assert (together - alone).abs().max() < tolerance * alone.abs().max().clamp(min=1)
+    model.config.document_token = -1
+    assert (model(torch.cat(documents)[None])[0][0] - alone).abs().max() > 0.5
+
+
+def test_short_attention_in_bfloat16_equals_the_fused_one():
+    from model import short_causal_attention
+    q, k, v = (torch.randn(2, n, 50, 16, dtype=torch.bfloat16) for n in (4, 2, 2))
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
+    assert (short_causal_attention(q, k, v).float() - exact).abs().max() < 0.05
+
+
 def test_dropout_is_off_in_evaluation():
     model = lively(GPTConfig(**SMALL, dropout=0.5))
     idx = torch.randint(61, (2, 16))

@@ -1,0 +1,79 @@
+"""int8 weights: how far from the float ones, how large, and that they are used as any other checkpoint."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantize
+from checkpoint import build_model, load_checkpoint, save_checkpoint
+from model import GPT, PRESETS, GPTConfig
+from quantize import Int8Linear, quantize_rows, to_int8
+from tokenizer import train_bpe
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {'teaching': PRESETS['teaching'], 'gpt2': dict(n_layer=2, n_head=4, n_embd=128, block_size=64),
+          'llama': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=128, block_size=64, norm='rmsnorm', position='rope',
+                        mlp='swiglu', bias=False, tie_weights=False)}
+
+
+def run(place, name, *args):
+    return subprocess.run([sys.executable, str(ROOT / name), *args], cwd=place, text=True, encoding='utf-8',
+                          capture_output=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def test_rows_are_rounded_to_the_nearest_of_255_steps():
+    weight = torch.randn(7, 50) * torch.logspace(-3, 3, 7)[:, None]
+    whole, scale = quantize_rows(weight)
+    assert whole.dtype == torch.int8 and whole.abs().amax(1).tolist() == [127] * 7
+    assert ((whole * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize('way', ['fast', 'plain'])
+def test_a_layer_is_within_two_percent_of_its_float_self(way, monkeypatch):
+    if way == 'plain':
+        monkeypatch.setattr(quantize, 'pack', lambda weight: None)          # as on a CPU without the kernel
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(256, 300)
+    layer = Int8Linear(linear)
+    for shape in ((1, 256), (5, 256), (2, 3, 256)):
+        x = torch.randn(shape) * torch.logspace(-2, 2, shape[-2])[:, None]  # rows of very different size
+        y, exact = layer(x), linear(x)
+        assert y.shape == exact.shape
+        assert ((y - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.02
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_distribution_over_next_tokens_is_nearly_the_same(shape):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=512, **SHAPES[shape])).eval()
+    idx = torch.randint(512, (2, 40))
+    with torch.no_grad():
+        exact = model(idx)[0]
+        small = to_int8(model)(idx)[0]
+    assert ((small - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_exported_checkpoint_is_small_and_used_as_any_other(tmp_path, shape):
+    torch.manual_seed(0)
+    bpe = train_bpe(['the cat sat on the mat, 猫坐在垫子上。' * 20], 300)
+    model = GPT(GPTConfig(vocab_size=2048, **SHAPES[shape]))
+    (tmp_path / 'out').mkdir()
+    save_checkpoint(tmp_path / 'out', {'model': model.state_dict(), 'model_args': model.model_args(), 'iter_num': 3,
+                                       'best_val_loss': 1.0, 'tokenizer': bpe.state(), 'config': {},
+                                       'tokenizer_fingerprint': bpe.fingerprint}, ['checkpoint.pt'])
+    done = run(tmp_path, 'export.py', '--init_from=out', '--format=int8')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'out/int8.pt').stat().st_size <= 0.35 * 4 * model.num_params()
+    loaded = build_model(load_checkpoint(tmp_path / 'out/int8.pt'))
+    idx = torch.randint(2048, (1, 9))
+    assert torch.equal(loaded.generate(idx, 20, temperature=0), to_int8(model).generate(idx, 20, temperature=0))
+    done = run(tmp_path, 'sample.py', '--init_from=out/int8.pt', '--prompt=the', '--max_new_tokens=5')
+    assert done.returncode == 0 and '[Sample 1] the' in done.stdout and 'int8)' in done.stderr
+    # a folder's own checkpoint stays the one to resume from, and int8 weights are no start for training
+    assert run(tmp_path, 'sample.py', '--init_from=out', '--max_new_tokens=2').stderr.startswith('out/checkpoint.pt')
+    assert run(tmp_path, 'export.py', '--init_from=out/int8.pt').returncode == 2
