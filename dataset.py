@@ -320,15 +320,22 @@ class TokenDataset:
             shard += 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _windows(self, numbers, shifts):
-        """Inputs and targets (B, T), int64, of the windows with these numbers; targets not trained on are -100."""
+    def _windows(self, numbers, variants):
+        """Inputs and targets (B, T), int64, of the windows with these numbers; targets not trained on are -100.
+
+        A window's variant is how many tokens later it begins; for masked data, which key orders its documents.
+        """
         T = self.block_size
         x = torch.zeros(len(numbers), T, dtype=torch.int64)
         y = torch.full((len(numbers), T), IGNORE, dtype=torch.int64)
-        for b, (number, shift) in enumerate(zip(numbers, shifts, strict=True)):
-            first = int(number) * T + int(shift)
+        for b, (number, variant) in enumerate(zip(numbers.tolist(), variants.tolist(), strict=True)):
+            if self.masks is None:
+                ranges = [(number * T + variant, (number + 1) * T + variant + 1)]
+            else:       # any of its documents may be the first, and so be read as a question asked by itself is
+                ranges = self.windows[number]
+                ranges = [ranges[i] for i in shuffled(np.arange(len(ranges)), len(ranges), mix(variant, number))]
             at = 0
-            for start, stop in [(first, first + T + 1)] if self.masks is None else self.windows[number]:
+            for start, stop in ranges:
                 tokens = self._read(self.shards, start, stop).astype(np.int64)
                 if tokens.max() >= self.vocab_size:
                     where = self.paths[int(np.searchsorted(self.ends, start + int(tokens.argmax()), side='right'))]
@@ -349,19 +356,20 @@ class TokenDataset:
         return (self.n_tokens - self.block_size) // self.block_size if movable else self.n_windows
 
     def _order(self, first, count):
-        """(numbers, shifts) of the windows first .. first + count - 1 in the endless row of shuffled epochs.
+        """(numbers, variants) of the windows first .. first + count - 1 in the endless row of shuffled epochs.
 
-        Every window comes once an epoch. An epoch after the first cuts the text elsewhere, `shift` tokens later, so
-        that a token is not always seen at the same position and with the same context.
+        Every window comes once an epoch. An epoch after the first cuts the text elsewhere, so that a token is not
+        always seen at the same position and with the same context; masked data order their documents anew.
         """
         epochs, places = np.divmod(np.arange(first, first + count, dtype=np.int64), self.windows_per_epoch)
-        numbers, shifts = np.empty_like(places), np.zeros_like(places)
+        numbers, variants = np.empty_like(places), epochs.copy()
         for epoch in np.unique(epochs):
             here = epochs == epoch
             numbers[here] = shuffled(places[here], self.windows_per_epoch, mix(self.seed, epoch))
-            if epoch and self.masks is None and self.n_windows >= 16:
-                shifts[here] = mix(self.seed, epoch, 1) % self.block_size
-        return numbers, shifts
+            if self.masks is None:
+                moves = epoch and self.n_windows >= 16
+                variants[here] = mix(self.seed, epoch, 1) % self.block_size if moves else 0
+        return numbers, variants
 
     def batch(self, step, micro_step=0):
         """Inputs and targets, each (batch_size, block_size) int64, for this process's part of a micro-step."""

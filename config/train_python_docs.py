@@ -1,5 +1,5 @@
 # A small GPT on the English of Python's own help texts, with no download.  python train.py config/train_python_docs.py
-# First: python prepare_data.py --dataset=python_docs.  Two cores: 2 minutes, perplexity about 40.
+# First: python prepare_data.py --dataset=python_docs.  Two cores: 1.5 minutes, perplexity 68.
 out_dir = 'out/python_docs'
 dataset = 'python_docs'
 eval_interval = 100
