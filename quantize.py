@@ -59,12 +59,12 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """What nn.Embedding does, with the int8 rows and scales of `source`, an Int8Linear."""
+    """What nn.Embedding does, with int8 rows (V, C) and their scales (V,), which a tied output layer shares."""
 
-    def __init__(self, source):
+    def __init__(self, weight_int8, scale):
         super().__init__()
-        self.register_buffer('weight_int8', source.weight_int8)
-        self.register_buffer('scale', source.scale)
+        self.register_buffer('weight_int8', weight_int8)
+        self.register_buffer('scale', scale)
 
     def forward(self, idx):
         return self.weight_int8[idx] * self.scale[idx].unsqueeze(-1)
@@ -76,6 +76,7 @@ def to_int8(model):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child))
-    wte = model.transformer['wte']
-    model.transformer['wte'] = Int8Embedding(model.lm_head if model.config.tie_weights else Int8Linear(wte))
+    head = model.lm_head
+    rows = (head.weight_int8, head.scale) if model.config.tie_weights else quantize_rows(model.transformer.wte.weight)
+    model.transformer['wte'] = Int8Embedding(*rows)
     return model.eval()
