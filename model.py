@@ -212,7 +212,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):
         # x (N, C), weight (V, C), targets (N) int64 with -100 for none; the products run in `dtype`
-        rows = max(1, (1 << 28 if x.is_cuda else 1 << 20) // weight.size(0))      # on a CPU, what its cache holds
+        # on a CPU, what its cache holds; but every slice reads all weights, so that it should not be too thin
+        rows = max(512, (1 << 28 if x.is_cuda else 1 << 20) // weight.size(0))
         grad_x, grad_w = torch.empty_like(x), None
         x, w = x.to(dtype), weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)

@@ -92,7 +92,7 @@ def test_loss_in_slices_equals_cross_entropy_on_whole_logits(shape, reduction, m
 
 
 def test_loss_over_several_slices_never_holds_all_logits():
-    # 2^24 elements a slice on the CPU: 600 rows of 50,304 ids come in two slices
+    # 512 rows a slice: 600 rows of 50,304 ids come in two
     x = torch.randn(600, 8, requires_grad=True)
     w = torch.randn(50304, 8, requires_grad=True)
     targets = torch.randint(50304, (600,))

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +223,46 @@ def test_answers_longer_than_the_block_are_counted_and_left_out(tmp_path):
     out = made(tmp_path, '--input=a.jsonl', '--vocab_size=300', '--val_fraction=0.1')
     assert '1 questions with answers were left out' in out
     assert set(trained_texts(tmp_path / 'made')) == {'短。'}
+
+
+@pytest.mark.parametrize('corpus', ['belle', 'wikipedia'])
+def test_an_open_corpus_comes_from_the_hub_or_its_mirror(tmp_path, monkeypatch, corpus):
+    if corpus == 'belle':
+        path = 'Belle_open_source_0.5M.json'
+        lines = [json.dumps({'instruction': f'第{i}问', 'input': '', 'output': '好的。'}) for i in range(60)]
+        body = '\n'.join(lines).encode()
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        path = '20231101.zh/train-00000-of-00001.parquet'
+        pq.write_table(pa.table({'id': ['1'] * 60, 'text': ['数学是研究数量的学科。'] * 60}), tmp_path / 'p')
+        body = (tmp_path / 'p').read_bytes()
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            listing = json.dumps([{'type': 'file', 'path': p, 'size': len(body)} for p in (path, 'README.md')]).encode()
+            answer = listing if self.path.startswith('/api/datasets/') else body if self.path.endswith(path) else b''
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_address[1]}')
+    try:
+        made(tmp_path, f'--download={corpus}', '--vocab_size=300', '--val_fraction=0.1')
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (tmp_path / 'data' / corpus / 'source' / path).read_bytes() == body
+    if corpus == 'belle':
+        assert set(trained_texts(tmp_path / 'made')) == {'好的。'}
+    else:
+        assert not list((tmp_path / 'made').glob('*.mask.bin'))
 
 
 # -----------------------------------------------------------------------------
