@@ -1,5 +1,5 @@
 # A small GPT on Chinese text, such as poems.  python train.py config/train_zh_lm.py
-# Two cores: 5.5 minutes for 12,000 Tang poems, perplexity 98, lines of five and seven characters.
+# Two cores: 5.5 minutes for 12,000 Tang poems, perplexity 98, lines of five characters.
 # First: python prepare_zh.py --input=poems.jsonl --out=data/tang, with a {"text": "..."} on each line.
 dataset = 'tang'
 out_dir = 'out/zh_lm'
