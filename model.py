@@ -89,6 +89,7 @@ class KVCache:
     """Keys and values of the tokens so far, in room taken once: per layer two (B, n_kv_head, max_length, hs)."""
 
     def __init__(self, config, batch_size, max_length):
+        self.config = config
         self.shape = (batch_size, config.n_kv_head, max_length, config.n_embd // config.n_head)
         self.layers = [None] * config.n_layer
         self.length = 0             # tokens already there; GPT.forward moves it on after the last layer
@@ -102,6 +103,15 @@ class KVCache:
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]
+
+    def pick(self, rows, room):
+        """A new cache of the given rows (n,) int64 of this one, some perhaps several times, with `room` for more."""
+        picked = KVCache(self.config, len(rows), self.length + room)
+        for layer, pair in enumerate(self.layers):
+            if pair is not None:
+                picked.extend(layer, *(z[rows, :, :self.length] for z in pair))
+        picked.length = self.length
+        return picked
 
 
 def short_causal_attention(q, k, v, mask=None):
@@ -241,6 +251,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, None, None, None
 
 
+def token_losses(x, head, targets):
+    """-ln p of each target (N,) int64, float32 and 0 where it is -100, for x (N, C) through the output layer `head`.
+    Without gradients, and without ever holding all logits."""
+    losses = torch.zeros(targets.shape, device=x.device)
+    wanted = (targets >= 0).nonzero().squeeze(1)
+    for rows in wanted.split(max(512, (1 << 28 if x.is_cuda else 1 << 24) // head.out_features)):
+        losses[rows] = F.cross_entropy(head(x[rows]).float(), targets[rows], reduction='none')
+    return losses
+
+
 class GPT(nn.Module):
 
     def __init__(self, config):
@@ -279,7 +299,8 @@ class GPT(nn.Module):
 
         idx: (B, T) int64 token ids, T at most block_size (less what the cache holds). targets: (B, T) int64, the ids
         one place further on, -100 where nothing is asked. Logits are (B, T, V), or (B, 1, V) with last_only. The loss
-        is a float32 scalar, the mean or sum of -ln p(target) over the targets asked for.
+        is a float32 scalar, the mean or sum of -ln p(target) over the targets asked for; or with reduction='none',
+        (B, T) float32, those terms themselves, without a gradient.
         cache: a KVCache with the tokens before idx; it takes up those of idx as well.
         Raises ValueError if the tokens do not fit into block_size.
         """
@@ -307,6 +328,9 @@ class GPT(nn.Module):
 
         if targets is None:
             return self.lm_head(x[:, -1:] if last_only else x), None
+        if reduction == 'none':
+            with torch.no_grad():
+                return None, token_losses(x.view(B * T, -1), self.lm_head, targets.reshape(-1)).view(B, T)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         flat, wanted = x.view(B * T, -1), targets.reshape(-1)

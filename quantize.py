@@ -45,7 +45,7 @@ class Int8Linear(nn.Module):
         weight_int8, scale = quantize_rows(linear.weight)
         self.register_buffer('weight_int8', weight_int8)
         self.register_buffer('scale', scale)
-        self.bias = linear.bias
+        self.bias, self.out_features = linear.bias, linear.out_features
         self.packed = ()                            # () not tried yet, None no kernel for it here
 
     def forward(self, x):

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from model import GPT, PRESETS, GPTConfig, LinearCrossEntropy, apply_rope, rope_table, sample_next
+from model import GPT, PRESETS, GPTConfig, KVCache, LinearCrossEntropy, apply_rope, rope_table, sample_next
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 SHAPES = {
@@ -101,6 +101,26 @@ def test_loss_over_several_slices_never_holds_all_logits():
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
     for a, b in zip(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(whole, (x, w)), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_losses_of_single_tokens_are_cross_entropys_terms(shape):
+    model = lively(GPTConfig(**SMALL, **SHAPES[shape]))
+    idx, targets = torch.randint(61, (2, 16)), torch.randint(61, (2, 16))
+    targets[0, :5] = -100
+    whole = F.cross_entropy(model(idx)[0].transpose(1, 2), targets, ignore_index=-100, reduction='none')
+    assert torch.allclose(model(idx, targets, reduction='none')[1], whole, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_rows_picked_from_a_cache_go_on_as_the_whole_texts_do(shape):
+    model = lively(GPTConfig(**SMALL, **SHAPES[shape]))
+    before, behind = torch.randint(61, (3, 6)), torch.randint(61, (4, 5))
+    rows = torch.tensor([2, 0, 0, 1])
+    cache = KVCache(model.config, 3, 6)
+    model(before, cache=cache)
+    cached = model(behind, cache=cache.pick(rows, 5))[0]
+    assert torch.allclose(cached, model(torch.cat([before[rows], behind], 1))[0][:, 6:], atol=1e-5)
 
 
 def test_exact_parameter_counts(capsys):
