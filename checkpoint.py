@@ -13,6 +13,7 @@ import torch
 
 from configurator import UserError
 from device import DTYPES
+from huggingface import GPT2_NAMES, is_published, load_published
 from model import GPT, GPTConfig
 from quantize import to_int8
 from tokenizer import from_state
@@ -111,13 +112,17 @@ def load_newest(out_dir):
 
 
 def pick_checkpoint(init_from, out_dir):
-    """(path, checkpoint) for sampling or evaluating. `init_from` is a file, a folder, or 'auto': `out_dir`, and if
-    nothing is there, the newest run in a folder of it. A folder's best checkpoint counts, or else its newest."""
+    """(path, checkpoint) for sampling or evaluating. `init_from` is a file, a folder, a published model, or 'auto':
+    `out_dir`, and if nothing is there, the newest run in a folder of it. A folder's best checkpoint counts, or else its
+    newest."""
     if init_from != 'auto':
+        if is_published(init_from):
+            return init_from, load_published(init_from)
         if Path(init_from).is_file():
             return Path(init_from), load_checkpoint(init_from)
         if not Path(init_from).is_dir():
-            raise UserError(f'there is no checkpoint file or folder {init_from!r}')
+            raise UserError(f'there is no checkpoint file or folder {init_from!r}; the published models are '
+                            f'{", ".join(GPT2_NAMES)}, or owner/name on the hub')
         out_dir = init_from
     folder = Path(out_dir)
     if not find_checkpoints(folder):
@@ -156,15 +161,21 @@ def load_for_use(init_from, out_dir, device, dtype):
     tokenizer, model = tokenizer_of(checkpoint, path), build_model(checkpoint, path)
     kind = checkpoint.get('quantized') or dtype
     model = model.to(device) if checkpoint.get('quantized') else model.to(device=device, dtype=DTYPES[dtype])
-    return model, tokenizer, checkpoint, f'{path}: step {checkpoint.get("iter_num", "?")} ({device}, {kind})'
+    age = f'step {checkpoint["iter_num"]}' if 'iter_num' in checkpoint else 'published weights'
+    return model, tokenizer, checkpoint, f'{path}: {age} ({device}, {kind})'
 
 
 def tokenizer_of(checkpoint, path='checkpoint'):
     """The tokenizer kept in a checkpoint. nanoGPT's checkpoints keep none: theirs is found through the data set."""
     if 'tokenizer' in checkpoint:
+        if checkpoint['tokenizer'] is None:
+            raise UserError(f'{path} has no tokenizer.json, so its ids mean nothing; put its own there')
         tokenizer = from_state(checkpoint['tokenizer'])
         if tokenizer.fingerprint != checkpoint.get('tokenizer_fingerprint', tokenizer.fingerprint):
             raise UserError(f'the tokenizer in {path} does not match its fingerprint; use another checkpoint')
+        tokenizer.start = checkpoint.get('start', tokenizer.start)  # a published model may begin its texts otherwise
+        tokenizer.eot = tokenizer.eot if checkpoint.get('eot') is None else checkpoint['eot']
+        tokenizer.bos = next((i for i in tokenizer.start if i != tokenizer.eot), None)
         return tokenizer
     from dataset import dataset_tokenizer, find_dataset
     return dataset_tokenizer(find_dataset(checkpoint.get('config', {}).get('dataset', 'openwebtext'), missing_ok=True))

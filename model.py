@@ -34,6 +34,7 @@ class GPTConfig:
     n_inner: int = 0                # width of the MLP; 0 = 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64s)
     dropout: float = 0.0
     bias: bool = True               # in the linear layers and layer norms, as GPT-2
+    qkv_bias: bool = False          # for queries, keys and values even where bias is off, as Qwen2
     norm: str = 'layernorm'         # layernorm | rmsnorm
     norm_eps: float = 1e-5
     position: str = 'learned'       # learned | rope
@@ -140,7 +141,7 @@ class CausalSelfAttention(nn.Module):
         self.head_size = config.n_embd // config.n_head
         # queries of all heads, then keys, then values, in one matrix product
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_size,
-                                bias=config.bias)
+                                bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -341,6 +342,19 @@ class GPT(nn.Module):
         if reduction == 'mean':
             loss = loss / (targets >= 0).sum()
         return None, loss
+
+    @classmethod
+    def from_pretrained(cls, name, **changes):
+        """The model `name`, float32, on the CPU, in evaluation mode: gpt2, gpt2-medium, gpt2-large, gpt2-xl, an
+        owner/name on the Hugging Face hub, or a folder as `transformers` saves it. GPT-2 and Llama-class models.
+
+        changes: GPTConfig's arguments, such as dropout=0.1. Raises UserError for a model that this class is not.
+        """
+        from huggingface import read_model
+        args, weights, *_ = read_model(name)
+        model = cls(GPTConfig(**{**args, **changes}))
+        model.load_state_dict(weights)
+        return model.eval()
 
     # -------------------------------------------------------------------------
     # size and cost

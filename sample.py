@@ -67,12 +67,15 @@ def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    start = [] if tokenizer.eot is None else [tokenizer.eot]        # as every document started in training
     if template:
         prompts = [template.replace('{prompt}', normalize_question(p)) for p in prompts]
     suppress_first = not_first(tokenizer) if template else ()
-    encoded = [start + tokenizer.encode(p) for p in prompts]
-    encoded = [ids or tokenizer.encode('\n') for ids in encoded]
+    encoded = [tokenizer.start + tokenizer.encode(p) for p in prompts]      # as every document started in training
+    encoded = [ids or ([tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')) for ids in encoded]
+
+    def text_of(i, ids):        # some tokenizers drop a space where a text begins, so it must begin with the prompt
+        return tokenizer.decode(encoded[i] + ids)[len(tokenizer.decode(encoded[i])):]
+
     texts = [''] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))      # neighbours share a batch
     for first in range(0, len(by_length), batch_size):
@@ -93,7 +96,7 @@ def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200
                 if tokens[b] == tokenizer.eot or len(new_ids[b]) == max_new_tokens:
                     running.discard(b)
                 if stop or on_text:
-                    text = tokenizer.decode(new_ids[b])
+                    text = text_of(rows[b], new_ids[b])
                     if stop and stop in text:
                         running.discard(b)
                         new_ids[b] = []
@@ -104,7 +107,7 @@ def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200
                 break
         for b, i in enumerate(rows):
             if new_ids[b]:
-                texts[i] = tokenizer.decode(new_ids[b])
+                texts[i] = text_of(i, new_ids[b])
             while template and len(texts[i]) > 1 and begins_badly(texts[i]):        # a mark spelt in several tokens
                 texts[i] = texts[i][1:]
     return texts

@@ -4,6 +4,8 @@ Every tokenizer has
     kind            'char', 'bpe' or 'gpt2'
     vocab_size      how many ids there are, the end-of-text token included
     eot             the id of the end-of-text token (None if there is none)
+    start           the ids before every text: [eot], or [] if there is none, or what a published model wants
+    bos             the id among them that is only for beginnings, as Llama has it, or None
     encode(text)    -> list[int]; text that looks like a special token is text
     encode_batch(texts) -> list[list[int]], on all cores
     decode(ids)     -> str; the end-of-text token decodes to nothing
@@ -11,13 +13,18 @@ Every tokenizer has
     fingerprint     SHA-256 of state(), in hex
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import tempfile
 from pathlib import Path
 
 from configurator import UserError
+from download import DownloadError, download, hub_url, offline
 
 END_OF_TEXT = '<|endoftext|>'
+OTHERS_END_OF_TEXT = ('</s>', '<|end_of_text|>', '<eos>')      # what published tokenizers call it
 HALF_PAIR = ('the text holds half of a surrogate pair, which is not valid Unicode; remove it, or read the file '
              'with the right encoding')
 
@@ -62,8 +69,11 @@ class BPETokenizer:
         except Exception as e:                      # the library raises nothing more particular
             raise UserError(f'this is not the content of a tokenizer.json ({e}); prepare the data again') from None
         self.bpe.encode_special_tokens = True       # "<|endoftext|>" in a text is thirteen characters, not the token
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
         self.vocab_size = self.bpe.get_vocab_size()
-        self.eot = self.bpe.token_to_id(END_OF_TEXT)
+        found = [self.bpe.token_to_id(name) for name in (END_OF_TEXT, *OTHERS_END_OF_TEXT)]
+        self.eot = next((i for i in found if i is not None), None)
 
     def encode(self, text):
         return self.encode_batch([text])[0]
@@ -81,6 +91,23 @@ class BPETokenizer:
         return {'kind': 'bpe', 'tokenizer.json': self.text}
 
 
+# GPT-2's two files: where tiktoken fetches them, what they are called on the Hugging Face hub, and their SHA-256
+GPT2_ADDRESS = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+GPT2_FILES = [('encoder.json', 'vocab.json', '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'),
+              ('vocab.bpe', 'merges.txt', '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5')]
+
+
+def _fetch_from_mirror():
+    """Where HF_ENDPOINT names a mirror of the hub, take GPT-2's files from there, to where tiktoken looks for them."""
+    default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR', os.environ.get('DATA_GYM_CACHE_DIR', default))
+    if os.environ.get('HF_ENDPOINT') and cache and not offline():
+        with contextlib.suppress(DownloadError):            # then tiktoken may still have its own way
+            for name, hub_name, sha256 in GPT2_FILES:
+                key = hashlib.sha1((GPT2_ADDRESS + name).encode()).hexdigest()
+                download(hub_url('openai-community/gpt2', hub_name), Path(cache, key), sha256=sha256)
+
+
 class GPT2Tokenizer:
     """GPT-2's BPE through `tiktoken`, which downloads two small files once and keeps them in TIKTOKEN_CACHE_DIR."""
     kind = 'gpt2'
@@ -88,11 +115,13 @@ class GPT2Tokenizer:
     def __init__(self):
         import tiktoken
         try:
+            _fetch_from_mirror()
             self.bpe = tiktoken.get_encoding('gpt2')
         except Exception as e:                      # whatever went wrong on the way: no network, a proxy, a full disk
             raise UserError(f"GPT-2's tokenizer could not be fetched ({type(e).__name__}). Set TIKTOKEN_CACHE_DIR "
-                            'to a folder that holds them (copied from a machine with network),\nor choose '
-                            '--tokenizer=bpe or char when preparing data; both work offline') from None
+                            'to a folder that holds them (copied from a machine with network), or '
+                            'HF_ENDPOINT\nto a mirror of the hub; --tokenizer=bpe or char when preparing data work '
+                            'offline') from None
         self.vocab_size = self.bpe.n_vocab
         self.eot = self.bpe.eot_token
 
@@ -127,6 +156,7 @@ def from_state(state):
 def _finished(tokenizer):
     canonical = json.dumps(tokenizer.state(), sort_keys=True, ensure_ascii=False)
     tokenizer.fingerprint = hashlib.sha256(canonical.encode('utf-8', 'surrogatepass')).hexdigest()
+    tokenizer.start, tokenizer.bos = [] if tokenizer.eot is None else [tokenizer.eot], None
     return tokenizer
 
 

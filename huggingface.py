@@ -1,0 +1,391 @@
+"""Published weights in and out: models in the layout that `transformers` keeps them in.
+
+A folder holds config.json, model.safetensors (or several, with an index) and tokenizer.json. GPT-2 shapes are read and
+written as GPT2LMHeadModel, Llama-class shapes as LlamaForCausalLM, with biases on queries, keys and values alone as
+Qwen2ForCausalLM. One table, tensor_map(), serves both ways. Only .safetensors are read, which cannot hold code.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from configurator import UserError
+from download import hub_download, hub_files
+from tokenizer import END_OF_TEXT, from_state, gpt2_tokenizer
+
+GPT2_NAMES = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
+              'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
+MODELS = Path('models')                 # downloaded weights: models/<owner>--<name>/
+GPT2_ACTIVATIONS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_erf', 'silu': 'silu',
+                    'swish': 'silu', 'relu2': 'relu2'}
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+
+
+class Unsupported(UserError):
+    """A model that this GPT is not, or a shape that `transformers` has no class for; the message names the reason."""
+
+
+# -----------------------------------------------------------------------------
+# finding
+
+def is_published(name):
+    """Whether `name` means a model in Hugging Face's layout: gpt2, gpt2-medium, ..., a folder that holds one, or
+    owner/name on the hub (unless there is a local folder called owner: then it is a mistyped path)."""
+    if Path(name).exists():
+        return Path(name, 'config.json').is_file()
+    return name in GPT2_NAMES or bool(re.fullmatch(r'[\w.-]+/[\w.-]+', name)) and not Path(name).parent.exists()
+
+
+def fetch(name):
+    """The folder with the model `name`, downloaded from the hub or its mirror if need be. Raises UserError."""
+    if Path(name).is_dir():
+        return Path(name)
+    repo = GPT2_NAMES.get(name, name)
+    folder = MODELS / repo.replace('/', '--')
+    files = {f['path']: f for f in hub_files(repo, keep=folder / 'files.json')}
+    wanted = ['config.json', 'tokenizer.json', 'tokenizer_config.json', INDEX if INDEX in files else WEIGHTS]
+    if not {'config.json', wanted[-1]} <= files.keys():
+        raise Unsupported(f'{repo} on the hub has no config.json with {WEIGHTS}; only that format is read, as loading\n'
+                          'others could run code. Choose another revision of the model, or convert it')
+    if INDEX in files:
+        index = hub_download(repo, INDEX, folder, size=files[INDEX]['size'])
+        wanted += sorted(set(_read_json(index)['weight_map'].values()))
+    for path in wanted:
+        if path in files:
+            hub_download(repo, path, folder, sha256=files[path]['sha256'], size=files[path]['size'])
+    return folder
+
+
+def _read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} cannot be read ({e}); fetch it again') from None
+
+
+# -----------------------------------------------------------------------------
+# config.json <-> GPTConfig
+
+def read_config(config, where='config.json'):
+    """GPTConfig's arguments for a config.json, a dict. Raises Unsupported, naming the feature that we do not have."""
+    kind = config.get('model_type')
+
+    def must_be(key, *allowed):
+        value = config.get(key, allowed[0])
+        if value not in allowed:
+            raise Unsupported(f'{where}: {key}={value!r} is not supported; this GPT has only '
+                              + ' or '.join(map(repr, allowed)))
+
+    if kind not in ('gpt2', 'llama', 'qwen2'):
+        raise Unsupported(f'{where}: model_type {kind!r} is not supported; gpt2, llama and qwen2 are')
+    for key in ('quantization_config', 'auto_map', 'num_experts', 'num_local_experts'):
+        must_be(key, None)
+    try:
+        if kind == 'gpt2':
+            for key, value in {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
+                               'add_cross_attention': False}.items():
+                must_be(key, value)
+            must_be('activation_function', *GPT2_ACTIVATIONS)
+            return dict(block_size=config.get('n_positions', 1024), vocab_size=config['vocab_size'],
+                        n_layer=config['n_layer'], n_head=config['n_head'], n_embd=config['n_embd'],
+                        n_inner=config.get('n_inner') or 0, norm_eps=config.get('layer_norm_epsilon', 1e-5),
+                        mlp=GPT2_ACTIVATIONS[config.get('activation_function', 'gelu_new')],
+                        tie_weights=config.get('tie_word_embeddings', True))
+
+        rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+        rope_type = rope.get('rope_type', rope.get('type', 'default'))
+        if rope_type != 'default':
+            raise Unsupported(f'{where}: rope scaling {rope_type!r} is not supported; this GPT has only plain rotary '
+                              'embeddings')
+        if rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0)) != 1.0:
+            raise Unsupported(f'{where}: partial_rotary_factor is not supported; all channels are turned here')
+        must_be('hidden_act', 'silu', 'swish')
+        must_be('rope_interleaved', False, None)
+        if config.get('use_sliding_window', kind == 'llama'):
+            must_be('sliding_window', None)
+        if set(config.get('layer_types') or ()) - {'full_attention'}:
+            raise Unsupported(f'{where}: layer_types other than full_attention are not supported')
+        n_head, n_embd = config['num_attention_heads'], config['hidden_size']
+        must_be('head_dim', n_embd // n_head, None)
+        bias = bool(config.get('attention_bias', False)) and kind == 'llama'
+        if bias != bool(config.get('mlp_bias', False)):
+            raise Unsupported(f'{where}: attention_bias without mlp_bias, or the reverse, is not supported')
+        return dict(block_size=config['max_position_embeddings'], vocab_size=config['vocab_size'],
+                    n_layer=config['num_hidden_layers'], n_head=n_head, n_embd=n_embd,
+                    n_kv_head=config.get('num_key_value_heads') or n_head, n_inner=config['intermediate_size'],
+                    norm='rmsnorm', norm_eps=config.get('rms_norm_eps', 1e-6), position='rope', mlp='swiglu',
+                    rope_theta=float(rope.get('rope_theta', config.get('rope_theta', 10000.0))), bias=bias,
+                    qkv_bias=kind == 'qwen2', tie_weights=config.get('tie_word_embeddings', False))
+    except KeyError as e:
+        raise UserError(f'{where} has no {e}; is it the whole file?') from None
+
+
+def family_of(args):
+    """'gpt2', 'llama' or 'qwen2': the class of `transformers` that has the shape `args`, a whole GPTConfig as a dict.
+    Raises Unsupported, naming the switch that none has."""
+    def refuse(switch, instead):
+        raise Unsupported(f'{switch}={args[switch]!r} cannot be exported: no class of transformers has it with the '
+                          f'other switches of this model;\ntrain with {switch}={instead} for such an export')
+
+    if args['qk_norm']:
+        refuse('qk_norm', False)
+    if args['norm'] == 'layernorm':
+        for switch, value in {'position': 'learned', 'bias': True, 'n_kv_head': args['n_head']}.items():
+            if args[switch] != value:
+                refuse(switch, value)
+        if args['mlp'] not in GPT2_ACTIVATIONS.values():
+            refuse('mlp', 'gelu')
+        return 'gpt2'
+    for switch, value in {'position': 'rope', 'mlp': 'swiglu'}.items():
+        if args[switch] != value:
+            refuse(switch, value)
+    return 'qwen2' if args['qkv_bias'] and not args['bias'] else 'llama'
+
+
+def write_config(args, bos, eos):
+    """config.json, a dict, for a whole GPTConfig as a dict; bos, eos: token ids or None."""
+    family = family_of(args)
+    common = {'architectures': [{'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM',
+                                 'qwen2': 'Qwen2ForCausalLM'}[family]],
+              'model_type': family, 'vocab_size': args['vocab_size'], 'tie_word_embeddings': args['tie_weights'],
+              'bos_token_id': bos, 'eos_token_id': eos, 'pad_token_id': None, 'torch_dtype': 'float32'}
+    if family == 'gpt2':
+        activation = next(theirs for theirs, ours in GPT2_ACTIVATIONS.items() if ours == args['mlp'])
+        return common | {'n_positions': args['block_size'], 'n_embd': args['n_embd'], 'n_layer': args['n_layer'],
+                         'n_head': args['n_head'], 'n_inner': args['n_inner'], 'activation_function': activation,
+                         'layer_norm_epsilon': args['norm_eps'], 'attn_pdrop': args['dropout'],
+                         'embd_pdrop': args['dropout'], 'resid_pdrop': args['dropout']}
+    config = common | {'max_position_embeddings': args['block_size'], 'hidden_size': args['n_embd'],
+                       'num_hidden_layers': args['n_layer'], 'num_attention_heads': args['n_head'],
+                       'num_key_value_heads': args['n_kv_head'], 'head_dim': args['n_embd'] // args['n_head'],
+                       'intermediate_size': args['n_inner'], 'hidden_act': 'silu', 'rms_norm_eps': args['norm_eps'],
+                       'rope_theta': args['rope_theta'],            # transformers 4 reads this one, 5 the next
+                       'rope_parameters': {'rope_type': 'default', 'rope_theta': args['rope_theta']}}
+    if family == 'qwen2':
+        return config | {'use_sliding_window': False}
+    return config | {'attention_bias': args['bias'], 'mlp_bias': args['bias']}
+
+
+# -----------------------------------------------------------------------------
+# tensors
+
+def tensor_map(family, args):
+    """Yields (our name, [their names], transposed) for every tensor of a model.
+
+    Where they keep several, ours is those on top of each other: queries, keys and values; gate and up. GPT-2's own
+    linear layers keep their weights the other way round.
+    """
+    names = {'gpt2': {'wte': 'transformer.wte', 'wpe': 'transformer.wpe', 'h': 'transformer.h', 'ln_f':
+                      'transformer.ln_f', 'ln_1': 'ln_1', 'ln_2': 'ln_2', 'attn.c_attn': ['attn.c_attn'],
+                      'attn.c_proj': ['attn.c_proj'], 'mlp.c_fc': ['mlp.c_fc'], 'mlp.c_proj': ['mlp.c_proj']}}
+    llama = {'wte': 'model.embed_tokens', 'h': 'model.layers', 'ln_f': 'model.norm', 'ln_1': 'input_layernorm',
+             'ln_2': 'post_attention_layernorm',
+             'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+             'attn.c_proj': ['self_attn.o_proj'], 'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'],
+             'mlp.c_proj': ['mlp.down_proj']}
+    theirs = names.get(family, llama)
+    norm_parts = ('weight', 'bias') if family == 'gpt2' else ('weight',)
+    yield 'transformer.wte.weight', [theirs['wte'] + '.weight'], False
+    if family == 'gpt2':
+        yield 'transformer.wpe.weight', [theirs['wpe'] + '.weight'], False
+    for i in range(args['n_layer']):
+        for norm in ('ln_1', 'ln_2'):
+            for part in norm_parts:
+                yield f'transformer.h.{i}.{norm}.{part}', [f'{theirs["h"]}.{i}.{theirs[norm]}.{part}'], False
+        for layer in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'):
+            has_bias = args['bias'] or args['qkv_bias'] and layer == 'attn.c_attn'
+            for part in ('weight', 'bias') if has_bias else ('weight',):
+                yield (f'transformer.h.{i}.{layer}.{part}', [f'{theirs["h"]}.{i}.{t}.{part}' for t in theirs[layer]],
+                       family == 'gpt2' and part == 'weight')
+    for part in norm_parts:
+        yield f'transformer.ln_f.{part}', [f'{theirs["ln_f"]}.{part}'], False
+    if not args['tie_weights']:
+        yield 'lm_head.weight', ['lm_head.weight'], False
+
+
+def read_tensors(folder):
+    """{name: tensor} of all .safetensors that a folder's index names, or of its one file. Raises UserError."""
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        try:
+            files = sorted(set(_read_json(folder / INDEX)['weight_map'].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f'{folder / INDEX} has no weight_map; fetch it again') from None
+        if any(Path(name).name != name for name in files):
+            raise UserError(f'{folder / INDEX} names files outside its folder; it is not loaded')
+    else:
+        files = [WEIGHTS]
+    tensors = {}
+    for name in files:
+        if not (folder / name).is_file():
+            pickled = ' (a pickled pytorch_model.bin could run code, and is not loaded)' * any(folder.glob('*.bin'))
+            raise UserError(f'{folder} lacks {name}{pickled}; save the model with save_pretrained(), which writes it')
+        try:
+            with safe_open(folder / name, framework='pt') as f:
+                tensors |= {key: f.get_tensor(key) for key in f.keys()}             # noqa: SIM118
+        except (SafetensorError, OSError) as e:
+            raise UserError(f'{folder / name} is damaged ({e}); fetch it again') from None
+    return tensors
+
+
+def import_tensors(tensors, args, family, where):
+    """Our state_dict, float32, from their tensors. Raises UserError if one is missing, or left over."""
+    if family == 'gpt2' and 'wte.weight' in tensors:                # as OpenAI's are published: without the prefix
+        tensors = {k if k.startswith('lm_head') else f'transformer.{k}': v for k, v in tensors.items()}
+    # masks and angles that older files carry along, made anew by every model
+    tensors = {k: v for k, v in tensors.items()
+               if not re.search(r'\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$', k)}
+    ours, embedding = {}, None
+    for name, theirs, transposed in tensor_map(family, args):
+        missing = [t for t in theirs if t not in tensors]
+        if missing:
+            raise UserError(f'{where} lacks the tensor {missing[0]}; is it whole, and does its config.json belong to '
+                            'it?')
+        tensor = torch.cat([tensors.pop(t).float() for t in theirs])
+        ours[name] = tensor.t().contiguous() if transposed else tensor
+    if args['tie_weights']:
+        embedding = ours['lm_head.weight'] = ours['transformer.wte.weight']
+        head = tensors.pop('lm_head.weight', None)
+        if head is not None and not torch.equal(head.float(), embedding):
+            raise Unsupported(f'{where}: config.json says tie_word_embeddings, but lm_head.weight is another matrix')
+    if tensors:
+        raise Unsupported(f'{where} has {len(tensors)} tensors that this GPT has no place for: '
+                          f'{", ".join(sorted(tensors)[:3])}')
+    return ours
+
+
+def export_tensors(weights, args):
+    """Their tensors, {name: tensor}, from our state_dict."""
+    tensors = {}
+    for name, theirs, transposed in tensor_map(family_of(args), args):
+        tensor = weights[name].detach()
+        if transposed:
+            tensor = tensor.t()
+        head_size = args['n_embd'] // args['n_head']
+        sizes = {1: [tensor.size(0)], 2: [args['n_inner']] * 2,
+                 3: [n * head_size for n in (args['n_head'], args['n_kv_head'], args['n_kv_head'])]}[len(theirs)]
+        for t, part in zip(theirs, tensor.split(sizes), strict=True):
+            tensors[t] = part.contiguous()
+    return tensors
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+def read_tokenizer(folder, config):
+    """(tokenizer or None, ids that begin a text, the id that ends one or None) of a folder in their layout."""
+    path = Path(folder, 'tokenizer.json')
+    tokenizer, start = None, []
+    if path.is_file():
+        tokenizer = from_state({'kind': 'bpe', 'tokenizer.json': path.read_text(encoding='utf-8')})
+        start = tokenizer.bpe.encode('').ids[:1]                    # what its own template puts before a text
+        vocab = tokenizer.bpe.get_vocab()
+        its_gpt2 = len(vocab) == 50257 and vocab.get('Ġthe') == 262 and vocab.get(END_OF_TEXT) == 50256
+    else:
+        its_gpt2 = config['model_type'] == 'gpt2' and config['vocab_size'] in (50257, 50304)
+    if its_gpt2:
+        try:
+            tokenizer = gpt2_tokenizer()                            # so that its fingerprint is that of our data sets
+        except UserError:
+            if tokenizer is None:
+                raise
+    eos = config.get('eos_token_id')
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    return tokenizer, start, eos if isinstance(eos, int) and tokenizer and eos < tokenizer.vocab_size else None
+
+
+def tokenizer_files(tokenizer, start, block_size, template):
+    """{'tokenizer.json': text, 'tokenizer_config.json': text} that transformers loads; start: see read_tokenizer."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    if tokenizer.kind == 'bpe':
+        bpe = Tokenizer.from_str(tokenizer.text)
+    elif tokenizer.kind == 'gpt2':
+        bpe = Tokenizer(models.BPE(*_vocab_and_merges(tokenizer.bpe)))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+    else:
+        bpe = Tokenizer(models.WordLevel(dict(tokenizer.ids), unk_token=None))
+        bpe.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        bpe.decoder = decoders.Fuse()
+    end = None
+    if tokenizer.eot is not None:
+        end = bpe.id_to_token(tokenizer.eot) or END_OF_TEXT
+        bpe.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+        if start == [tokenizer.eot]:                                # as our documents begin
+            bpe.post_processor = processors.TemplateProcessing(single=f'{end} $A', pair=f'{end} $A $B',
+                                                               special_tokens=[(end, tokenizer.eot)])
+    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
+                'bos_token': bpe.id_to_token(start[0]) if start else end, 'eos_token': end,
+                'clean_up_tokenization_spaces': False}
+    if template:
+        before, _, behind = template.partition('{prompt}')
+        settings['chat_template'] = (f"{{{{ {json.dumps(before)} + messages[-1]['content'] + {json.dumps(behind)} }}}}")
+    return {'tokenizer.json': bpe.to_str(), 'tokenizer_config.json': json.dumps(settings, indent=2) + '\n'}
+
+
+def _vocab_and_merges(encoding):
+    """A tiktoken Encoding's byte strings as GPT-2 writes them, {token: id}, and its merges [(left, right)]."""
+    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+    letters = {b: chr(b) for b in printable}
+    letters |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in letters)}
+    ranks = encoding._mergeable_ranks
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:                   # apply the merges made before this one: what is left are its two sides
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            at = pairs.index(min(pairs))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(parts)
+
+    def spell(token):
+        return ''.join(letters[b] for b in token)
+
+    return {spell(token): i for token, i in ranks.items()}, [(spell(a), spell(b)) for a, b in merges]
+
+
+# -----------------------------------------------------------------------------
+# whole models
+
+def read_model(name):
+    """(GPTConfig's arguments, our state_dict, config.json, folder) of a model: see is_published for its name."""
+    folder = fetch(name)
+    config = _read_json(folder / 'config.json')
+    args = {'bias': True, 'qkv_bias': False, **read_config(config, folder / 'config.json')}
+    return args, import_tensors(read_tensors(folder), args, config['model_type'], folder), config, folder
+
+
+def load_published(name):
+    """A published model as if it were a checkpoint of ours, as load_checkpoint() returns one. Raises UserError."""
+    args, weights, config, folder = read_model(name)
+    tokenizer, start, end = read_tokenizer(folder, config)
+    return {'model': weights, 'model_args': args, 'config': {}, 'template': '', 'tokenizer':
+            tokenizer and tokenizer.state(), 'start': start, 'eot': end}
+
+
+def save_folder(out, args, weights, tokenizer, start, template='', card=''):
+    """Write a model as a folder that transformers loads without code of ours. Raises Unsupported, before any writing.
+
+    args: a whole GPTConfig as a dict. weights: our state_dict. start: the ids before every text, [] or one.
+    card: README.md.
+    """
+    out = Path(out)
+    config = write_config(args, start[0] if start else tokenizer.eot, tokenizer.eot)
+    unused = list(range(tokenizer.vocab_size, args['vocab_size']))  # padding: ids that no text has
+    generation = {'bos_token_id': config['bos_token_id'], 'eos_token_id': tokenizer.eot,
+                  **({'suppress_tokens': unused} if unused else {})}
+    files = {'config.json': json.dumps(config, indent=2) + '\n', 'README.md': card,
+             'generation_config.json': json.dumps(generation) + '\n',
+             **tokenizer_files(tokenizer, start, args['block_size'], template)}
+    out.mkdir(parents=True, exist_ok=True)
+    tmp = out / (WEIGHTS + '.tmp')
+    save_file(export_tensors(weights, args), tmp, metadata={'format': 'pt'})
+    tmp.replace(out / WEIGHTS)
+    for name, text in files.items():
+        (out / name).write_text(text, encoding='utf-8', newline='\n')
+    (out / WEIGHTS).chmod((out / 'config.json').stat().st_mode)     # save_file lets nobody else read it
