@@ -51,7 +51,7 @@ def pick_dtype(name='auto', device='cpu'):
     if name == 'auto':
         if kind == 'cuda':      # Volta and Turing claim bfloat16 but emulate it; Ampere (8.0) multiplies it
             return 'bfloat16' if torch.cuda.get_device_capability()[0] >= 8 else 'float16'
-        if kind == 'mps':       # autocast is slower than float32 on most Macs, and has no GradScaler
+        if kind == 'mps':       # autocast is slower than float32 on most Macs; float16 and bfloat16 work if asked for
             return 'float32'
         return 'bfloat16' if cpu_multiplies_bfloat16() else 'float32'
     if name not in DTYPES:
@@ -115,6 +115,29 @@ def init_distributed(device_name):
         pick_device('cuda', local_rank)     # before the group is made, so that nccl binds to the right GPU
     dist.init_process_group(backend='gloo' if on_cpu else 'nccl')
     return dist.get_rank(), local_rank, dist.get_world_size()
+
+
+def from_everyone(value):
+    """What each process has for `value` (numbers, strings, lists), as a list in the order of their ranks."""
+    everyones = [value]
+    if dist.is_initialized():
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, value)
+    return everyones
+
+
+def leave_distributed():
+    """Leave the process group, together: gloo aborts if one process leaves while another still listens."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def state_bytes(optimizer):
+    """How many bytes the state of an optimizer takes in this process."""
+    state = getattr(optimizer, 'optim', optimizer).state        # with ZeRO, the part of this process
+    tensors = [t for values in state.values() for t in values.values() if torch.is_tensor(t)]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def all_sum(values, device):

@@ -394,11 +394,13 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # training
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', verbose=True):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', zero=False,
+                             verbose=True):
         """[AdamW], or with optimizer='muon' [AdamW, Muon], Muon (Jordan et al. 2024) for the blocks' matrices.
 
         Weight decay is for tensors of two dimensions and more. Muon's update is scaled to AdamW's root mean square
-        (Liu et al. 2025, "Muon is scalable"), so that one learning rate serves both.
+        (Liu et al. 2025, "Muon is scalable"), so that one learning rate serves both. zero: each process of the group
+        keeps the optimizer's state for its part of the tensors only (ZeRO stage 1, Rajbhandari et al. 2020).
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
         decay = {name: p for name, p in params.items() if p.dim() >= 2}
@@ -414,10 +416,17 @@ class GPT(nn.Module):
             raise ValueError(f'optimizer {optimizer!r} is not one of adamw, muon')
         others = [p for name, p in decay.items() if not (hidden and name.startswith('transformer.h.'))]
         groups = [{'params': others, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
-        optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)]
+
+        def build(kind, params, **options):
+            if zero:
+                from torch.distributed.optim import ZeroRedundancyOptimizer
+                return ZeroRedundancyOptimizer(params, optimizer_class=kind, **options)
+            return kind(params, **options)
+
+        optimizers = [build(torch.optim.AdamW, groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)]
         if hidden:
-            optimizers.append(torch.optim.Muon(hidden, lr=learning_rate, weight_decay=weight_decay,
-                                               adjust_lr_fn='match_rms_adamw'))
+            optimizers.append(build(torch.optim.Muon, hidden, lr=learning_rate, weight_decay=weight_decay,
+                                    adjust_lr_fn='match_rms_adamw'))
             if verbose:
                 print(f'using Muon: {len(hidden)} tensors, with {sum(p.numel() for p in hidden):,} parameters')
         return optimizers

@@ -7,32 +7,33 @@ The settings below may be changed here, in a config file, or by --key=value. Wit
 FineWeb-Edu. A run that was stopped goes on when the same command is given again.
 """
 
-import json
 import math
 import os
 import signal
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import eval_zh
+import hellaswag
 from checkpoint import (BEST, FINAL, LATEST, build_model, find_checkpoints, load_newest, pick_checkpoint,
-                        prune_checkpoints, save_checkpoint, tokenizer_of, write_atomically)
+                        prune_checkpoints, save_checkpoint, tokenizer_of)
 from configurator import UserError, configure
 from dataset import TokenDataset, dataset_tokenizer, find_dataset, read_meta
-from device import all_sum, autocast, init_distributed, peak_flops, pick_device, pick_dtype, synchronize
-from eval_zh import count_right, load_questions
+from device import (all_sum, autocast, from_everyone, init_distributed, leave_distributed, peak_flops, pick_device,
+                    pick_dtype, state_bytes, synchronize)
+from download import DownloadError
+from metrics import MetricsLog
 from model import GPT, PRESETS, GPTConfig
 from sample import generate_texts
 
 # -----------------------------------------------------------------------------
 # I/O
 out_dir = 'out'                 # checkpoints, metrics.jsonl and the TensorBoard log go here
-init_from = 'auto'              # auto (resume if out_dir has a checkpoint), scratch, resume, or a checkpoint's path
+init_from = 'auto'              # auto (resume, or else start), scratch, resume, a checkpoint, or gpt2 and other models
 eval_interval = 250             # steps from one evaluation, and checkpoint, to the next
 eval_iters = 20                 # micro-batches in an evaluation
 log_interval = 1                # steps from one line in the log to the next
@@ -43,6 +44,9 @@ sample_interval = 0             # steps between samples printed during training;
 sample_prompt = '\n'            # what those samples begin with
 sample_tokens = 64              # how many tokens each of them has
 num_samples = 2                 # how many of them
+hellaswag_interval = 0          # steps between HellaSwag evaluations; 0 = never
+hellaswag_limit = 0             # ask only the first so many of its questions; 0 = all 10,042
+hellaswag_data = ''             # a local file with its questions; '' = download them, once
 zh_eval_interval = 0            # steps between counts of the held-out Chinese questions answered right; 0 = never
 # data
 dataset = 'fineweb_edu_10B'     # a folder under data/, or a path
@@ -63,6 +67,7 @@ norm = 'layernorm'              # layernorm or rmsnorm
 position = 'learned'            # learned or rope
 mlp = 'gelu'                    # gelu, gelu_erf, silu, swiglu or relu2
 tie_weights = True              # the output layer is the token embedding
+qkv_bias = False                # biases for queries, keys and values even where bias is off
 qk_norm = False                 # normalise queries and keys
 isolate_documents = False       # attention does not look beyond the start of a document; for questions with answers
 # optimizer
@@ -80,6 +85,7 @@ min_lr = 6e-5                   # where the cosine ends, at max_steps
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                  # auto, float32, bfloat16, float16
 compile = 'auto'                # torch.compile: auto (on a GPU), true, false
+zero = 0                        # 1: each process keeps only its part of the optimizer's state (ZeRO stage 1)
 seed = 1337                     # of the weights, the order of the data, and dropout
 config = configure(globals())   # a config file and --key=value may change any of these
 # -----------------------------------------------------------------------------
@@ -103,11 +109,15 @@ def say(text):
 say(f'using device: {device}, dtype: {dtype}, compile: {compile}')
 for name, least in {'batch_size': 1, 'block_size': 1, 'total_batch_size': 0, 'max_steps': 0, 'eval_interval': 0,
                     'eval_iters': 1, 'log_interval': 1, 'warmup_steps': 0, 'grad_clip': 0, 'keep_checkpoints': 0,
-                    'checkpoint_interval': 0, 'sample_interval': 0, 'seed': 0}.items():
+                    'checkpoint_interval': 0, 'sample_interval': 0, 'hellaswag_interval': 0, 'hellaswag_limit': 0,
+                    'seed': 0}.items():
     if config[name] < least:
         raise UserError(f'{name} must be at least {least}, not {config[name]}')
 if seed >= 1 << 31:
     raise UserError(f'seed must be below {1 << 31}, not {seed}')
+if zero not in (0, 1):
+    raise UserError(f'zero must be 0 or 1, not {zero}')
+zero = zero and world_size > 1                  # one process has nothing to share
 try:
     os.makedirs(out_dir, exist_ok=True)
 except OSError as e:
@@ -133,7 +143,7 @@ if vocab_size > 4096:                           # tensor cores like multiples of
 if preset and preset not in PRESETS:
     raise UserError(f'there is no preset {preset!r}; choose one of {", ".join(PRESETS)}')
 shape = {name: config[name] for name in ('block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'dropout',
-                                         'bias', 'norm', 'position', 'mlp', 'tie_weights', 'qk_norm')}
+                                         'bias', 'norm', 'position', 'mlp', 'tie_weights', 'qkv_bias', 'qk_norm')}
 shape |= {**PRESETS.get(preset, {}), 'block_size': block_size}
 if isolate_documents:
     if tokenizer.eot is None:
@@ -146,25 +156,30 @@ except ValueError as e:
 
 torch.manual_seed(seed)
 first_step, best_val_loss, elapsed_before, resumed = 0, float('inf'), 0.0, None
-if init_from == 'auto':
-    init_from = 'resume' if find_checkpoints(out_dir) else 'scratch'
-if init_from == 'scratch':
-    model = GPT(gpt_config)
-elif init_from == 'resume':
+ours = ('auto', 'scratch', 'resume')            # where nobody else's weights are what training starts from
+if init_from == 'resume' or init_from != 'scratch' and find_checkpoints(out_dir):
     path, resumed = load_newest(out_dir)
+    started_from = resumed.get('config', {}).get('init_from', 'auto')
+    if init_from not in ours and init_from != started_from:
+        resumed = None                          # what is there is another run, which this one will replace
+if resumed:
     new_start = 'repeat the settings it was made with, choose another --out_dir, or start over: --init_from=scratch'
     for name, value in GPTConfig(**resumed['model_args']).__dict__.items():
-        if name != 'dropout' and value != getattr(gpt_config, name):
+        fixed = name != 'dropout' if started_from in ours else name == 'block_size'
+        if fixed and value != getattr(gpt_config, name):
             raise UserError(f'{path} has {name}={value}, these settings have {name}={getattr(gpt_config, name)};\n'
                             + new_start)
     if tokenizer_of(resumed, path).fingerprint != tokenizer.fingerprint:
         raise UserError(f'{path} was trained with another tokenizer than that of dataset {dataset!r};\n' + new_start)
     model = build_model(resumed, path, dropout=dropout)
     first_step, best_val_loss = resumed['iter_num'], float(resumed['best_val_loss'])
+    config['init_from'] = started_from          # a later resume needs to know, too
     elapsed_before = resumed.get('elapsed_s', 0.0)
     if first_step > max_steps:
         raise UserError(f'{path} is already at step {first_step}; raise --max_steps, now {max_steps}, to train on')
     say(f'resuming from {path} at step {first_step}')
+elif init_from in ours:
+    model = GPT(gpt_config)
 else:                                           # somebody's weights, to be trained further, from step 0
     path, start = pick_checkpoint(init_from, init_from)
     if start.get('quantized'):
@@ -172,19 +187,23 @@ else:                                           # somebody's weights, to be trai
     if tokenizer_of(start, path).fingerprint != tokenizer.fingerprint:
         raise UserError(f'{path} was trained with another tokenizer than that of dataset {dataset!r};\n'
                         'prepare the data with its tokenizer')
-    model = build_model(start, path, dropout=dropout)
+    isolated = {'document_token': tokenizer.eot} if isolate_documents else {}
+    model = build_model(start, path, dropout=dropout, **isolated)
     if block_size != model.config.block_size:
         try:
             model.crop_block_size(block_size)
         except ValueError as e:
             raise UserError(str(e)) from None
-    say(f'starting from the weights in {path}')
+    say(f'starting from the weights of {path}')
+if len(set(from_everyone(first_step))) > 1:
+    raise UserError(f'the processes would not start at the same step: out_dir={out_dir!r} must be one folder for all\n'
+                    'machines, or hold the same checkpoints on each')
 model.to(device).train()
 raw_model = model                               # evaluation, samples and checkpoints use this one: its shapes may vary
 
 try:
     optimizers = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer,
-                                                verbose=rank == 0)
+                                                zero, verbose=rank == 0)
 except ValueError as e:
     raise UserError(str(e)) from None
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -210,7 +229,7 @@ for data in (train_data, val_data):
     say(f'found {len(data.shards)} shards for split {data.split}')
 say(f'{raw_model.num_params():,} parameters | {total_batch_size:,} tokens per step | {train_data.n_tokens:,} tokens in '
     f'the data | {max_steps} steps = {max_steps * total_batch_size / train_data.n_tokens:.2f} epochs')
-if first_step == 0 and init_from == 'scratch':
+if first_step == 0 and init_from in ours:
     say(f'the first loss should be near ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.2f}')
 
 
@@ -218,7 +237,13 @@ template = read_meta(folder).get('template', '')     # what questions are put in
 if zh_eval_interval:
     if not template:
         raise UserError(f'zh_eval_interval needs a data set of questions and answers, which {dataset!r} is not')
-    zh_questions = load_questions()['heldout']
+    zh_questions = eval_zh.load_questions()['heldout']
+if hellaswag_interval:
+    try:
+        hellaswag_questions = hellaswag.load_questions(tokenizer, hellaswag_data, hellaswag_limit)
+    except DownloadError as e:
+        raise UserError(f'HellaSwag: {str(e).splitlines()[0]}\nname a local file with --hellaswag_data, or train '
+                        'without: --hellaswag_interval=0') from None
 
 
 def get_batch(step, micro_step):
@@ -261,30 +286,30 @@ def print_samples(step):
         texts = [generate_texts([sample_prompt], raw_model, tokenizer, max_new_tokens=sample_tokens, top_k=50,
                                 seed=seed + step + i)[0] for i in mine]
     raw_model.train()
-    everyones = [texts]
-    if world_size > 1:
-        everyones = [None] * world_size
-        dist.all_gather_object(everyones, texts)
+    everyones = from_everyone(texts)
     for i in range(num_samples):
         say(f'sample {i}: {sample_prompt}{everyones[i % world_size][i // world_size]}')
 
 
-def zh_accuracy():
-    """(right, total) of the held-out Chinese questions, each process answering its share."""
+def accuracy(evaluation, *questions):
+    """(right, answered) of an evaluation's questions, each process answering its share."""
     raw_model.eval()
     with autocast(device, dtype):
-        right, total = count_right(raw_model, tokenizer, template, zh_questions, rank=rank, world_size=world_size)
+        right, *_, answered = evaluation.count_right(raw_model, *questions, rank=rank, world_size=world_size)
     raw_model.train()
-    return all_sum([right, total], device)
+    return map(round, all_sum([right, answered], device))
 
 
 def save(step, names):
     """Write everything that is needed to go on from `step`, or to sample, under each of `names` in out_dir."""
+    for o in optimizers if zero else []:
+        o.consolidate_state_dict(to=0)          # each process sends its part of the state
     if rank == 0:
         save_checkpoint(out_dir, {
             'model': raw_model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
             'scaler': scaler.state_dict(), 'model_args': raw_model.model_args(), 'iter_num': step,
-            'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.state(),
+            'best_val_loss': best_val_loss, 'config': {**config, 'total_batch_size': total_batch_size},
+            'tokenizer': tokenizer.state(),
             'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template,
             'elapsed_s': elapsed(),
         }, names)
@@ -295,25 +320,13 @@ def elapsed():
     return elapsed_before + time.time() - start_time
 
 
-# the log: metrics.jsonl and TensorBoard, without what a resumed run is about to do again
-metrics_file = Path(out_dir, 'metrics.jsonl')
-writer = None
-if rank == 0:
-    lines = metrics_file.read_text(encoding='utf-8').splitlines() if first_step and metrics_file.exists() else []
-    lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first_step]
-    write_atomically(metrics_file, lambda f: f.writelines(f'{line}\n'.encode() for line in lines))
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(Path(out_dir, 'tb'), purge_step=first_step)
+# metrics.jsonl and TensorBoard
+metrics_log = MetricsLog(out_dir, first_step, tensorboard) if rank == 0 else None
 
 
 def log_metrics(step, **values):
     if rank == 0:
-        with open(metrics_file, 'a', encoding='utf-8') as f:
-            f.write(json.dumps({'step': step, **values}) + '\n')
-        if writer:
-            for key, value in values.items():
-                writer.add_scalar(key, value, step)
+        metrics_log(step, **values)
 
 
 # Ctrl-C and SIGTERM: finish the step, save, exit; a second one ends at once
@@ -356,9 +369,13 @@ for step in range(first_step, max_steps + 1):
         if step > 0 and val_loss < best_val_loss:
             best_val_loss = val_loss
             names.append(BEST)
+    if hellaswag_interval and (step % hellaswag_interval == 0 and step > 0 or last_step) and not stopping:
+        right, total = accuracy(hellaswag, hellaswag_questions)
+        say(f'HellaSwag accuracy: {right}/{total}={right / total:.4f}')
+        log_metrics(step, hellaswag=right / total)
     if zh_eval_interval and (step % zh_eval_interval == 0 and step > 0 or last_step) and not stopping:
-        right, total = zh_accuracy()
-        say(f'held-out questions: {right:.0f}/{total:.0f}={right / total:.4f} | elapsed: {elapsed():.1f}s')
+        right, total = accuracy(eval_zh, tokenizer, template, zh_questions)
+        say(f'held-out questions: {right}/{total}={right / total:.4f} | elapsed: {elapsed():.1f}s')
         log_metrics(step, zh_heldout=right / total)
     if checkpoint_interval and step % checkpoint_interval == 0 and step > 0:
         names += [LATEST, f'checkpoint_iter_{step}.pt']
@@ -429,15 +446,16 @@ for step in range(first_step, max_steps + 1):
             f'tok/sec: {tok_per_sec:.2f} | mfu: {mfu * 100:.1f}%')
         log_metrics(step, loss=loss, lr=lr, norm=norm, dt_ms=dt * 1000, tok_per_sec=tok_per_sec, mfu=mfu,
                     tokens=(step + 1) * total_batch_size, elapsed_s=elapsed())
+    if len(step_times) == 1 and world_size > 1:
+        sizes = ', '.join(f'{size / 1e6:.1f}' for size in from_everyone(sum(map(state_bytes, optimizers))))
+        say(f'optimizer state in each process: {sizes} MB')
     if len(step_times) == 10:
         seconds = statistics.median(step_times) * (max_steps - step)
         say(f'estimated time to finish: {seconds / 60:.1f} minutes')
 
 say(f'total time: {elapsed() / 60:.2f} minutes, best validation loss: {best_val_loss:.4f}, checkpoints in {out_dir}')
-if writer:
-    writer.close()
-if world_size > 1:
-    dist.barrier()                              # gloo aborts if one process leaves while another still listens
-    dist.destroy_process_group()
+if rank == 0:
+    metrics_log.close()
+leave_distributed()
 if stopping:
     sys.exit(128 + stopping)

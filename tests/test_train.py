@@ -210,7 +210,7 @@ def test_further_training_starts_from_another_runs_weights(place):
     train(place, 'out/base', '--max_steps=5', '--eval_interval=0', '--dtype=float32')
     out = train(place, 'out/further', '--init_from=out/base', '--block_size=16', '--max_steps=3', '--dtype=float32',
                 '--n_layer=7')                          # the shape comes from the checkpoint
-    assert 'starting from the weights in' in out
+    assert 'starting from the weights of' in out
     model = build_model(load_checkpoint(place / 'out/further/final_checkpoint.pt'))
     assert (model.config.n_layer, model.config.block_size) == (2, 16)
     assert losses(place, 'out/further')[0] < losses(place, 'out/base')[0]
