@@ -178,15 +178,15 @@ def _end_errors_kindly():
         if stream.encoding and stream.encoding.lower().replace('-', '') != 'utf8':
             stream.reconfigure(encoding='utf-8', errors='replace')      # a Windows console may be set to GBK
 
-    def hook(kind, value, trace):
+    def hook(kind, value, trace):   # to the true stderr: torch.distributed calls it with another, which is then lost
         if issubclass(kind, KeyboardInterrupt):
             raise SystemExit(130)
         if issubclass(kind, UserError):
-            print(f'error: {value}', file=sys.stderr)
+            print(f'error: {value}', file=sys.__stderr__)
             raise SystemExit(2)
         if kind.__name__ == 'OutOfMemoryError':
             print(f'error: {str(value).splitlines()[0]}\nlower batch_size or block_size (accumulation keeps '
-                  'total_batch_size as it is)', file=sys.stderr)
+                  'total_batch_size as it is)', file=sys.__stderr__)
             raise SystemExit(2)
         sys.__excepthook__(kind, value, trace)
 

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,3 +231,142 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it(place):
                   '--eval_interval=0')
     assert done.returncode == 0, done.stderr
     assert 'checkpoint.pt is damaged' in done.stderr and '_checkpoint.pt at step 4' in done.stdout
+
+
+# -----------------------------------------------------------------------------
+# GPT-2's own tokenizer, published weights, HellaSwag, and many processes
+
+GPT2 = ['--dataset=words', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=2',
+        '--total_batch_size=256', '--learning_rate=1e-3', '--min_lr=1e-4', '--warmup_steps=2', '--eval_iters=4',
+        '--device=cpu', '--dtype=float32', '--max_steps=8', '--eval_interval=4', '--hellaswag_interval=4',
+        '--hellaswag_data=questions.jsonl', '--sample_interval=4', '--sample_tokens=8',
+        "--sample_prompt=Hello, I'm a language model,"]
+
+
+@pytest.fixture(scope='module')
+def words(place):
+    """The same prose in GPT-2's tokens, and questions like HellaSwag's."""
+    done = script(place, 'prepare_data.py', '--dataset=custom', '--input=text.txt', '--tokenizer=gpt2',
+                  '--out=data/words')
+    assert done.returncode == 0, done.stderr
+    sentences = re.findall(r'[^.\n]{20,80}', (place / 'text.txt').read_text(encoding='utf-8'))[:100]
+    rows = [{'ctx': sentences[i], 'endings': sentences[i + 1:i + 5], 'label': str(i % 4)} for i in range(0, 95, 5)]
+    (place / 'questions.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    done = script(place, 'train.py', *GPT2, '--out_dir=out/words')
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def numbers(place, out):
+    """{(step, key): value} of all that must not depend on how many processes there are."""
+    return {(m['step'], key): m[key] for m in metrics(place, out) for key in ('loss', 'norm', 'val_loss', 'hellaswag')
+            if key in m}
+
+
+def same_numbers(place, a, b):
+    a, b = numbers(place, a), numbers(place, b)
+    assert a.keys() == b.keys() and len(a) == 8 * 2 + 3 + 2
+    for key in a:
+        assert b[key] == pytest.approx(a[key], rel=1e-4 if key[1] == 'norm' else 1e-5), key
+    return True
+
+
+def test_a_run_of_gpt2s_recipe_evaluates_asks_hellaswag_samples_and_resumes(words):
+    out = script(words, 'train.py', *GPT2, '--out_dir=out/resumed', '--max_steps=8').stdout
+    assert re.search(r'^HellaSwag accuracy: (\d+)/19=0\.\d{4}$', out, re.M) and out.count('HellaSwag accuracy') == 2
+    assert out.count("sample 0: Hello, I'm a language model,") == 2
+    hellaswag = [m['hellaswag'] for m in metrics(words, 'out/resumed') if 'hellaswag' in m]
+    assert [f'{x:.4f}' for x in hellaswag] == re.findall(r'HellaSwag accuracy: .*=(.*)', out)
+    (words / 'out/resumed/final_checkpoint.pt').unlink()
+    # back to step 4, which the best checkpoint may not be: take the numbered one
+    script(words, 'train.py', *GPT2, '--out_dir=out/cut', '--checkpoint_interval=4')
+    for path in (words / 'out/cut').glob('*.pt'):
+        if path.name != 'checkpoint_iter_4.pt':
+            path.unlink()
+    done = script(words, 'train.py', *GPT2, '--out_dir=out/cut')
+    assert 'at step 4' in done.stdout, done.stderr
+    assert numbers(words, 'out/cut') == numbers(words, 'out/words')
+
+
+@pytest.mark.parametrize('options', [(), ('--zero=1',), ('--zero=1', '--optimizer=muon')], ids=str)
+def test_two_processes_give_the_same_losses_and_accuracies_with_and_without_zero(words, options):
+    name = 'out/two' + '-'.join(options)
+    one = 'out/words'
+    if 'muon' in name:
+        one = 'out/muon'
+        script(words, 'train.py', *GPT2, '--optimizer=muon', f'--out_dir={one}')
+    done = script(words, 'train.py', *GPT2, *options, f'--out_dir={name}', processes=2)
+    assert done.returncode == 0, done.stderr
+    assert same_numbers(words, one, name)
+
+
+def test_zero_halves_the_optimizer_state_of_two_processes(place):
+    options = ['--max_steps=2', '--eval_interval=0', '--n_embd=128']
+    sizes = {}
+    for zero in (0, 1):
+        out = train(place, f'out/state{zero}', *options, f'--zero={zero}', processes=2)
+        sizes[zero] = [float(s) for s in re.search(r'optimizer state in each process: (.*) MB', out)[1].split(', ')]
+    whole = sum(t.numel() * t.element_size() for o in load_checkpoint(place / 'out/state0/checkpoint.pt')['optimizer']
+                for values in o['state'].values() for t in values.values()) / 1e6
+    assert whole > 3 and sizes[0] == pytest.approx([whole, whole], abs=0.1)
+    assert sizes[1] == pytest.approx([whole / 2, whole / 2], rel=0.1)
+
+
+def test_a_run_with_zero_goes_on_without_it_and_the_reverse(words):
+    halfway = ['--checkpoint_interval=4', '--keep_checkpoints=0']
+    for first, then in ((2, 1), (1, 2)):
+        out = f'out/zero{first}{then}'
+        script(words, 'train.py', *GPT2, *halfway, f'--out_dir={out}', '--zero=1', processes=first)
+        for path in (words / out).glob('*.pt'):
+            if path.name != 'checkpoint_iter_4.pt':
+                path.unlink()
+        done = script(words, 'train.py', *GPT2, f'--out_dir={out}', '--zero=1', processes=then)
+        assert 'at step 4' in done.stdout, done.stderr
+        assert same_numbers(words, 'out/words', out)
+
+
+def machines(place, folders, *args):
+    """Two torchrun agents that meet on loopback, as two machines do over a network; their outputs."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
+              '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--local_addr=127.0.0.1']
+    agents = [subprocess.Popen([*launch, str(ROOT / 'train.py'), *args], cwd=place / folder, env=environment(),
+                               text=True, encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+              for folder in folders]
+    return [(agent.communicate(timeout=200)[0], agent.returncode) for agent in agents]
+
+
+def test_two_machines_give_the_losses_of_one_and_need_a_common_folder_to_resume(words):
+    for name in ('machine1', 'machine2'):           # each with its own copy of the data, and its own disk
+        shutil.copytree(words / 'data', words / name / 'data')
+        shutil.copy(words / 'questions.jsonl', words / name)
+    outputs = machines(words, ['machine1', 'machine2'], *GPT2, '--out_dir=out/run')
+    assert [status for _, status in outputs] == [0, 0], outputs
+    ran = [name for name in ('machine1', 'machine2') if (words / name / 'out/run/metrics.jsonl').exists()]
+    assert len(ran) == 1                            # one process writes
+    assert same_numbers(words, 'out/words', f'{ran[0]}/out/run')
+    outputs = machines(words, ['machine1', 'machine2'], *GPT2, '--out_dir=out/run', '--max_steps=9')
+    assert all(status for _, status in outputs)
+    assert any('must be one folder for all' in text for text, _ in outputs), outputs
+
+
+def test_finetuning_published_weights_starts_there_and_goes_on_where_it_stopped(words):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50257, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(words / 'published')
+    options = [*GPT2, '--init_from=published', '--out_dir=out/finetuned', '--hellaswag_interval=0']
+    done = script(words, 'train.py', *options, '--dropout=0.1', '--max_steps=4')
+    assert 'starting from the weights of published' in done.stdout, done.stderr
+    assert '\nvalidation loss' in done.stdout.split('step     0')[0]            # before any training
+    model = build_model(load_checkpoint(words / 'out/finetuned/checkpoint.pt'))
+    assert (model.config.n_layer, model.config.block_size, model.config.vocab_size) == (1, 32, 50257)
+    done = script(words, 'train.py', *options, '--dropout=0.1')
+    assert 'resuming from' in done.stdout and 'at step 4' in done.stdout, done.stderr
+    done = script(words, 'train.py', *options, '--dropout=0.1', '--init_from=resume', '--max_steps=10')
+    assert 'at step 8' in done.stdout, done.stderr
+    done = script(words, 'train.py', *options, '--block_size=16')
+    assert done.returncode == 2 and 'block_size' in done.stderr
