@@ -219,7 +219,7 @@ if compile:
     say('compiling the model... (takes a minute, once)')
     model = torch.compile(model)
 if world_size > 1:
-    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None)
+    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
 
 # the data
 layout = dict(batch_size=batch_size, grad_accum_steps=grad_accum_steps, rank=rank, world_size=world_size, seed=seed)
@@ -379,7 +379,7 @@ for step in range(first_step, max_steps + 1):
         log_metrics(step, zh_heldout=right / total)
     if checkpoint_interval and step % checkpoint_interval == 0 and step > 0:
         names += [LATEST, f'checkpoint_iter_{step}.pt']
-    if last_step:
+    if last_step and step > 0:
         names += [LATEST, FINAL]
     if stopping:
         names.append(LATEST)

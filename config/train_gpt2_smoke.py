@@ -1,7 +1,9 @@
 # The whole of GPT-2 124M with small batches, to try everything out.  python train.py config/train_gpt2_smoke.py
-# For a laptop or a Mac: 8,192 tokens a step instead of half a million. First: python prepare_data.py
-# --dataset=shakespeare, or any other data set with GPT-2's tokenizer (--dataset=...).
-# Two CPU cores: 17 s a step (torch 2.13, bfloat16).
+# This is the recipe for a Mac, too, and for any laptop: 8,192 tokens a step instead of half a million. A Mac's GPU is
+# found by itself (device mps, float32; try --dtype=bfloat16), and with 16 GB or more --batch_size=16 is faster.
+# First: python prepare_data.py --dataset=shakespeare, or python fineweb.py --fraction=0.001 and here
+# --dataset=fineweb_edu_10B, or any other data set in GPT-2's tokens. With HellaSwag on the way:
+# --hellaswag_interval=250 --hellaswag_limit=200. Two CPU cores: 17 s a step (torch 2.13, bfloat16).
 out_dir = 'out/gpt2_smoke'
 dataset = 'shakespeare'
 eval_interval = 250

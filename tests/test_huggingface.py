@@ -1,6 +1,9 @@
 """Published weights in and out, held against transformers: the same logits, the same tensors, the same text."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from checkpoint import load_for_use, pick_checkpoint, save_checkpoint
 from configurator import UserError
+from hub import Hub
 from huggingface import Unsupported, is_published, load_published, read_config, save_folder
 from model import GPT, GPTConfig
 from sample import generate_texts
@@ -310,3 +314,99 @@ def test_a_shape_that_no_class_has_is_refused_naming_the_switch(switch, shape, b
     with pytest.raises(Unsupported, match='position' if switch == 'norm' else switch):
         save_folder(tmp_path / 'out', model.model_args(), model.state_dict(), bpe, bpe.start)
     assert not (tmp_path / 'out').exists()
+
+
+# -----------------------------------------------------------------------------
+# from the hub
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def visit(hub, patch):
+    for name, value in hub.environment.items():
+        patch.setenv(name, value)
+
+
+@torch.no_grad()
+def test_gpt2_comes_from_the_mirror_resumed_verified_and_then_works_offline(here, monkeypatch):
+    theirs = random_model('gpt2')
+    theirs.save_pretrained('source')
+    idx = torch.randint(300, (1, 20))
+    with Hub({'models/openai-community/gpt2': files_of('source') | {'pytorch_model.bin': b'\x80never'}}) as hub:
+        visit(hub, monkeypatch)
+        monkeypatch.setenv('HF_TOKEN', 'hf_secret')
+        hub.fail('model.safetensors', cut=20000)
+        assert (GPT.from_pretrained('gpt2')(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+        assert not any('pytorch_model.bin' in path for path in hub.fetched())
+        assert all('hf_secret' not in str(r.headers) for r in hub.requests if r.host == 'store')
+        asked = len(hub.requests)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    assert (GPT.from_pretrained('gpt2')(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+    assert len(hub.requests) == asked
+    Path('models/openai-community--gpt2/model.safetensors').unlink()
+    with pytest.raises(UserError, match='HF_HUB_OFFLINE'):
+        GPT.from_pretrained('gpt2')
+
+
+@torch.no_grad()
+def test_a_llama_of_several_files_with_its_tokenizer_comes_from_the_hub(here, monkeypatch, bpe):
+    theirs = random_model('llama-tied')
+    theirs.save_pretrained('source', max_shard_size='30KB')
+    Path('source/tokenizer.json').write_text(bpe.text, encoding='utf-8')
+    with Hub({'models/somebody/llama': files_of('source')}) as hub:
+        visit(hub, monkeypatch)
+        model, tokenizer, *_ = load_for_use('somebody/llama', '', 'cpu', 'float32')
+        idx = torch.tensor([tokenizer.encode('The class')])
+        assert (model(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+        with pytest.raises(UserError, match='somebody/other'):
+            load_for_use('somebody/other', '', 'cpu', 'float32')
+    with Hub({'models/somebody/pickled': {'config.json': b'{}', 'pytorch_model.bin': b'\x80never'}}) as hub:
+        visit(hub, monkeypatch)
+        with pytest.raises(Unsupported, match='could run code'):
+            load_for_use('somebody/pickled', '', 'cpu', 'float32')
+
+
+def test_gpt2s_tokenizer_files_come_from_the_mirror(here, monkeypatch, gpt2_files):
+    found = {path.read_bytes()[:1]: path.read_bytes() for path in gpt2_files.iterdir()}
+    files = {'vocab.json': found[b'{'], 'merges.txt': found[b'#']}
+    code = ('from tokenizer import gpt2_tokenizer; import tiktoken.load as l; '
+            "l.read_file = lambda path: 1 / 0; print(gpt2_tokenizer().encode('Hello world'))")
+    with Hub({'models/openai-community/gpt2': files}) as hub:
+        for cache in ('new', 'new', ''):        # the second time nothing is asked; without a cache, tiktoken's own way
+            env = {**os.environ, **hub.environment, 'TIKTOKEN_CACHE_DIR': cache, 'PYTHONPATH': str(ROOT)}
+            done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=60)
+            assert ('[15496, 995]' in done.stdout) == bool(cache), done.stderr
+        assert sorted(hub.fetched()) == ['merges.txt', 'vocab.json']
+
+
+def test_llama_tokenizers_begin_texts_as_theirs_do_and_keep_the_space_between_words(here):
+    # a sentencepiece model as it stands in a tokenizer.json: a space is written as ▁, and <s> begins every text
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    pieces = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), '▁', 'a', 'b', '▁a', '▁b', 'ab', '▁ab']
+    theirs = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [('▁', 'a'), ('▁', 'b'), ('a', 'b'),
+                                  ('▁', 'ab')], byte_fallback=True, fuse_unk=True, unk_token='<unk>'))
+    theirs.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    theirs.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
+                                        decoders.Strip(' ', 1, 0)])
+    theirs.add_special_tokens(['<unk>', '<s>', '</s>'])
+    theirs.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    model = random_model('llama-untied')
+    model.config.eos_token_id, model.config.bos_token_id = 2, 1
+    with torch.no_grad():
+        model.lm_head.weight[:259] *= 0.01                          # text rather than bytes
+    model.save_pretrained('llama')
+    theirs.save('llama/tokenizer.json')
+    loaded, tokenizer, *_ = load_for_use('llama', '', 'cpu', 'float32')
+    assert (tokenizer.start, tokenizer.bos, tokenizer.eot) == ([1], 1, 2)
+    assert tokenizer.start + tokenizer.encode('a ab') == theirs.encode('a ab').ids
+    text, = generate_texts(['a ab'], loaded, tokenizer, temperature=0, max_new_tokens=12)
+    ids = torch.tensor([theirs.encode('a ab').ids])
+    out = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, suppress_tokens=[*range(266, 300)])
+    assert ' ' in text and 'a ab' + text == theirs.decode(out[0].tolist())

@@ -1,0 +1,149 @@
+"""A Hugging Face hub in miniature, on this machine, for the tests of whatever downloads.
+
+    with Hub({'datasets/HuggingFaceFW/fineweb-edu': {'sample/10BT/000_00000.parquet': data},
+              'models/openai-community/gpt2': {'config.json': data, 'model.safetensors': data}}) as hub:
+        environment |= hub.environment          # HF_ENDPOINT, and no proxy in between
+
+As on the real one, the list of files comes in pages; files of git itself (.json, .md) are sent by the hub, while large
+ones are redirected, with a signed address, to a store that is another host and must not see the token.
+"""
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+Request = namedtuple('Request', 'host method path headers status')     # host is 'hub' or 'store'; status of the answer
+
+
+class Hub:
+    """repos: {'datasets/OWNER/NAME' or 'models/OWNER/NAME': {path: bytes}}; page_size: entries in a page of a list."""
+
+    def __init__(self, repos, page_size=2):
+        self.repos, self.page_size = repos, page_size
+        self.requests = []              # all that was asked, in order
+        self.faults = []                # (pattern, what is to go wrong), each for one request
+        self.closing = threading.Event()
+        self.servers = {host: self._serve(host) for host in ('hub', 'store')}
+        self.endpoint = f'http://127.0.0.1:{self.servers["hub"].server_port}'
+        self.store = f'http://localhost:{self.servers["store"].server_port}'
+        self.environment = {'HF_ENDPOINT': self.endpoint, 'NO_PROXY': '127.0.0.1,localhost',
+                            'no_proxy': '127.0.0.1,localhost'}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        for server in self.servers.values():
+            server.shutdown()
+            server.server_close()
+
+    def fail(self, pattern, times=1, **fault):
+        """The next requests, to either host, whose path the pattern is found in go wrong. fault: status=, headers={},
+        body= instead of the file, cut= after so many bytes, hold= an Event to wait for before the body."""
+        self.faults += [(pattern, fault)] * times
+
+    def fetched(self):
+        """The paths of the files that were asked for, in order and with repetitions."""
+        return [unquote(re.sub('.*/resolve/[^/]*/', '', r.path)) for r in self.requests if '/resolve/' in r.path]
+
+    def _serve(self, host):
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = 'HTTP/1.1'
+
+            def do_GET(self):
+                try:
+                    hub._answer(host, self)
+                except ConnectionError:
+                    pass                # the client was killed, or has heard enough
+                self.close_connection = True
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
+        return server
+
+    def _answer(self, host, handler):
+        hit = next((f for f in self.faults if re.search(f[0], handler.path)), None)
+        if hit:
+            self.faults.remove(hit)
+        fault = hit[1] if hit else {}
+        status, headers, body = self._hub(handler) if host == 'hub' else self._store(handler)
+        body = fault.get('body', body)
+        if 'status' in fault:
+            status, body = fault['status'], b'no'
+        elif status == 200 and host == 'store' or 'ETag' in headers:
+            status, body = self._range(handler, headers, body)
+        headers = {'Content-Length': len(body), **headers, **fault.get('headers', {})}
+        self.requests.append(Request(host, handler.command, handler.path, dict(handler.headers), status))
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name, str(value))
+        handler.end_headers()
+        while 'hold' in fault and not fault['hold'].wait(0.01) and not self.closing.is_set():
+            pass
+        if handler.command != 'HEAD':
+            handler.wfile.write(body[:fault.get('cut')])
+
+    def _hub(self, handler):
+        """(status, headers, body) for the tree API and for files."""
+        path, query = unquote(urlsplit(handler.path).path), parse_qs(urlsplit(handler.path).query)
+        for repo, files in self.repos.items():
+            if path.startswith(f'/api/{repo}/tree/main'):
+                folder = path.removeprefix(f'/api/{repo}/tree/main').strip('/')
+                entries = [self._entry(name, data) for name, data in sorted(files.items())
+                           if name.startswith(folder and folder + '/')]
+                at = int(query.get('cursor', ['0'])[0])
+                following = f'{self.endpoint}{quote(path)}?recursive=true&cursor={at + self.page_size}'
+                more = {'Link': f'<{following}>; rel="next"'} if at + self.page_size < len(entries) else {}
+                found = entries or path.endswith('/main')
+                return (200, more, json.dumps(entries[at:at + self.page_size]).encode()) if found else (404, {}, b'no')
+            start = f'/{repo.removeprefix("models/")}/resolve/main/'
+            if path.startswith(start) and path.removeprefix(start) in files:
+                name = path.removeprefix(start)
+                data = files[name]
+                if not is_large(name):
+                    return 200, {'ETag': f'"{hashlib.sha1(data).hexdigest()}"'}, data
+                return 302, {'X-Linked-Size': len(data), 'X-Linked-ETag': f'"{sha256(data)}"',
+                             'Location': f'{self.store}/{quote(repo)}/{quote(name)}?signature={time.time()}'}, b''
+        return 404, {}, b'no'
+
+    def _store(self, handler):
+        path = unquote(urlsplit(handler.path).path)
+        for repo, files in self.repos.items():
+            data = files.get(path.removeprefix(f'/{repo}/'))
+            if data is not None and is_large(path):
+                return 200, {'ETag': f'"{sha256(data)}"'}, data
+        return 404, {}, b'no'
+
+    @staticmethod
+    def _range(handler, headers, body):
+        wanted = re.fullmatch(r'bytes=(\d+)-', handler.headers.get('Range', ''))
+        if not wanted or handler.headers.get('If-Range') not in (None, headers['ETag']):
+            return 200, body
+        start, size = int(wanted[1]), len(body)
+        headers['Content-Range'] = f'bytes {start}-{size - 1}/{size}' if start < size else f'bytes */{size}'
+        return (206, body[start:]) if start < size else (416, b'')
+
+    @staticmethod
+    def _entry(name, data):
+        lfs = {'lfs': {'oid': sha256(data), 'size': len(data)}} if is_large(name) else {}
+        return {'type': 'file', 'path': name, 'size': len(data), 'oid': hashlib.sha1(data).hexdigest(), **lfs}
+
+
+def is_large(name):
+    return not name.endswith(('.json', '.md'))
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
