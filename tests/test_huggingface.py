@@ -1,5 +1,6 @@
 """Published weights in and out, held against transformers: the same logits, the same tensors, the same text."""
 
+import copy
 import json
 import os
 import subprocess
@@ -39,7 +40,7 @@ CONFIGS = {
 def random_model(name, seed=0):
     """A transformers model whose every tensor is random: fresh ones have biases of 0 and norms of 1."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.2 if p.dim() > 1 else 0.1))
