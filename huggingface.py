@@ -46,18 +46,33 @@ def fetch(name):
         return Path(name)
     repo = GPT2_NAMES.get(name, name)
     folder = MODELS / repo.replace('/', '--')
+    if all((folder / path).is_file() for path in ['config.json', *_weight_files(folder)]):
+        return folder                   # the weights come last, and a file has its name only when it is whole
     files = {f['path']: f for f in hub_files(repo, keep=folder / 'files.json')}
-    wanted = ['config.json', 'tokenizer.json', 'tokenizer_config.json', INDEX if INDEX in files else WEIGHTS]
+    wanted = ['config.json', 'tokenizer.json', INDEX if INDEX in files else WEIGHTS]
     if not {'config.json', wanted[-1]} <= files.keys():
         raise Unsupported(f'{repo} on the hub has no config.json with {WEIGHTS}; only that format is read, as loading\n'
                           'others could run code. Choose another revision of the model, or convert it')
     if INDEX in files:
-        index = hub_download(repo, INDEX, folder, size=files[INDEX]['size'])
-        wanted += sorted(set(_read_json(index)['weight_map'].values()))
+        hub_download(repo, INDEX, folder, size=files[INDEX]['size'])
+        wanted += _weight_files(folder)
     for path in wanted:
         if path in files:
             hub_download(repo, path, folder, sha256=files[path]['sha256'], size=files[path]['size'])
     return folder
+
+
+def _weight_files(folder):
+    """The names of the files with the weights of a folder: those of its index, or the one."""
+    if not Path(folder, INDEX).is_file():
+        return [WEIGHTS]
+    try:
+        names = sorted(set(_read_json(Path(folder, INDEX))['weight_map'].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f'{Path(folder, INDEX)} has no weight_map; fetch it again') from None
+    if any(Path(name).name != name for name in names):
+        raise UserError(f'{Path(folder, INDEX)} names files outside its folder; it is not loaded')
+    return names
 
 
 def _read_json(path):
@@ -209,18 +224,8 @@ def tensor_map(family, args):
 
 def read_tensors(folder):
     """{name: tensor} of all .safetensors that a folder's index names, or of its one file. Raises UserError."""
-    folder = Path(folder)
-    if (folder / INDEX).is_file():
-        try:
-            files = sorted(set(_read_json(folder / INDEX)['weight_map'].values()))
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f'{folder / INDEX} has no weight_map; fetch it again') from None
-        if any(Path(name).name != name for name in files):
-            raise UserError(f'{folder / INDEX} names files outside its folder; it is not loaded')
-    else:
-        files = [WEIGHTS]
-    tensors = {}
-    for name in files:
+    folder, tensors = Path(folder), {}
+    for name in _weight_files(folder):
         if not (folder / name).is_file():
             pickled = ' (a pickled pytorch_model.bin could run code, and is not loaded)' * any(folder.glob('*.bin'))
             raise UserError(f'{folder} lacks {name}{pickled}; save the model with save_pretrained(), which writes it')

@@ -52,6 +52,23 @@ CASES = [       # the command, and what its message names
     (NEW + '--init_from=out/tiny --block_size=32', ['block_size', '32', '16']),
     (TRAIN + '--out_dir=hello.txt', ['hello.txt']),
     (TRAIN + '--out_dir=', ['out_dir']),
+    (NEW + '--zero=2', ['zero', '2']),
+    (NEW + '--hellaswag_interval=1 --hellaswag_data=nowhere.jsonl', ['nowhere.jsonl']),
+    (NEW + '--hellaswag_interval=1 --hellaswag_data=questions.jsonl', ['HellaSwag', "'?at'"]),
+    (NEW + '--init_from=gpt3', ['gpt3', 'gpt2-medium']),
+    (NEW + '--init_from=published', ['published', 'tokenizer.json']),
+    # evaluate, and export
+    ('hellaswag.py --init_from=out/tiny --device=cpu --data=questions.jsonl', ['HellaSwag', "'?at'"]),
+    ('hellaswag.py --init_from=out/tiny --device=cpu --data=lines.jsonl', ['lines.jsonl:1', 'ctx', 'endings']),
+    ('hellaswag.py --init_from=out/tiny --device=cpu --data=nowhere.jsonl', ['nowhere.jsonl']),
+    ('hellaswag.py --init_from=out/tiny --limit=-1', ['limit', '-1']),
+    ('export.py --init_from=out/tiny --format=onnx', ['onnx', 'int8', 'hf']),
+    ('export.py --init_from=out/tiny --push=me/mine', ['push', '--format=hf']),
+    ('export.py --init_from=out/tiny --format=hf --out=data', ['data', '--out']),
+    ('export.py --init_from=out/tiny --format=hf --out=nowhere/new', ['nowhere']),
+    ('export.py --init_from=out/narrow --format=hf', ['n_kv_head=1', '2']),
+    ('sample.py --init_from=published', ['published', 'tokenizer.json']),
+    ('sample.py --init_from=scaled', ['scaled', 'yarn']),
     # sample
     (SAMPLE + '--out_dir=nowhere', ['nowhere', 'train first']),
     (SAMPLE + '--init_from=nowhere.pt', ['nowhere.pt']),
@@ -129,6 +146,14 @@ def place(tmp_path_factory):
     damaged[len(damaged) // 2] ^= 1                                        # one bit
     (place / 'damaged/checkpoint.pt').write_bytes(damaged)
     torch.save({'model': {}, 'model_args': argparse.Namespace()}, place / 'object.pt')
+    done = run(place, TRAIN + '--out_dir=out/narrow --n_kv_head=1')
+    assert done.returncode == 0, done.stderr
+    (place / 'questions.jsonl').write_text('{"ctx": "what?", "endings": ["a", "b", "c", "d"], "label": 0}\n')
+    done = run(place, 'export.py --init_from=out/tiny --format=hf --out=published')
+    assert done.returncode == 0, done.stderr
+    (place / 'published/tokenizer.json').unlink()
+    (place / 'scaled').mkdir()
+    (place / 'scaled/config.json').write_text('{"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}}')
     (place / 'typo.py').write_text('lerning_rate = 1e-3\n', encoding='utf-8')
     (place / 'empty.txt').write_bytes(b'')
     (place / 'latin.txt').write_bytes('un café, deux cafés\n'.encode('latin-1'))
