@@ -66,13 +66,18 @@ def read_documents(paths, separator='', template='', encoding='auto', doing='rea
         for number, path in enumerate(paths):
             with open(path, 'rb') as raw:
                 position = 0
-                try:
-                    for starts, segments in _READERS[kind_of(path)](path, raw, separator, template, encoding):
-                        yield Piece(number, starts, segments)
-                        bar.update(raw.tell() - position)
-                        position = raw.tell()
-                except (OSError, EOFError, zlib.error) as e:
-                    raise UserError(f'{path} cannot be read: {e}') from None
+                for starts, segments in read_file(path, raw, separator, template, encoding):
+                    yield Piece(number, starts, segments)
+                    bar.update(raw.tell() - position)
+                    position = raw.tell()
+
+
+def read_file(path, raw, separator='', template='', encoding='auto'):
+    """(starts, segments) of the pieces of one file, opened as `raw`; arguments and errors as in read_documents()."""
+    try:
+        yield from _READERS[kind_of(path)](path, raw, separator, template, encoding)
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f'{path} cannot be read: {e}') from None
 
 
 def _decoded_lines(path, raw, encoding, limit=-1):
@@ -146,6 +151,15 @@ def _safe_cut(text):
     return max(1, len(text) // 2)
 
 
+def _pieces_of(text):
+    """A document of plain text as (starts, segments), none of them much longer than PIECE."""
+    at = 0
+    while at < len(text):
+        end = at + _safe_cut(text[at:at + PIECE]) if len(text) - at > PIECE else len(text)
+        yield at == 0, [(text[at:end], True)]
+        at = end
+
+
 def _read_jsonl(path, raw, separator, template, encoding):
     for number, line in _decoded_lines(path, raw, encoding):
         if not line.strip():
@@ -170,11 +184,7 @@ def _documents_of(record, template):
         return value
 
     if 'text' in record:
-        text, starts = words(record['text'], required=False), True
-        while text:
-            cut = _safe_cut(text) if len(text) > PIECE else len(text)
-            yield starts, [(text[:cut], True)]
-            text, starts = text[cut:], False
+        yield from _pieces_of(words(record['text'], required=False))
     elif not template:
         raise KeyError('text')
     elif 'conversations' in record or 'messages' in record:
@@ -205,13 +215,14 @@ def _read_parquet(path, raw, *_):
     import pyarrow
     import pyarrow.parquet
     try:
-        for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(batch_size=256, columns=['text']):
+        # a megabyte at a time: pyarrow would hold the texts of a row group, and by and by those of the whole file
+        file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
+        for batch in file.iter_batches(batch_size=256, columns=['text']):
             for text in batch.column(0).to_pylist():
                 if not isinstance(text, str | None):
                     raise TypeError('its text column holds no text')
-                if text:
-                    yield True, [(text, True)]
-    except (pyarrow.ArrowException, OSError, IndexError, TypeError) as e:
+                yield from _pieces_of(text or '')
+    except (pyarrow.ArrowException, OSError, IndexError, TypeError, UnicodeDecodeError) as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f'{path} cannot be read as parquet with a text column: {why}') from None
 

@@ -32,10 +32,12 @@ class ShardWriter:
     """Writes tokens into `folder`/`split`_000000.bin, 000001, ... of at most `shard_size` tokens each.
 
     They are named *.bin.tmp until install_dataset() renames them: a run cut short leaves nothing that looks whole.
+    first: the number of the first one.
     """
 
-    def __init__(self, folder, split, vocab_size, shard_size=100_000_000, with_mask=False):
+    def __init__(self, folder, split, vocab_size, shard_size=100_000_000, with_mask=False, first=0):
         self.folder, self.split, self.shard_size, self.with_mask = Path(folder), split, shard_size, with_mask
+        self.first = first
         self.magic = 20240520 if vocab_size <= 65536 else 20240801
         self.version, self.dtype = FORMATS[self.magic]
         self.shards, self.files, self.count = [], [], 0     # (path, tokens) so far; open files and tokens of this one
@@ -46,7 +48,7 @@ class ShardWriter:
         mask = np.asarray(mask, dtype=np.uint8) if self.with_mask else None
         while len(tokens):
             if not self.files:
-                path = self.folder / f'{self.split}_{len(self.shards):06d}.bin.tmp'
+                path = self.folder / f'{self.split}_{self.first + len(self.shards):06d}.bin.tmp'
                 self.files = [open(path, 'wb')]
                 self.files[0].write(bytes(4 * HEADER))
                 if self.with_mask:
@@ -102,6 +104,8 @@ def start_dataset(folder):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.glob(FINEWEB_RECORD)):
+            raise UserError(f'{folder} belongs to fineweb.py; choose another --out, or delete that folder first')
         leftovers = _unfinished(folder)
         if not leftovers and not (folder / 'meta.json').exists():
             foreign = [p.name for pattern in _REPLACED for p in folder.glob(pattern)]
@@ -120,6 +124,7 @@ def _unfinished(folder):
 
 
 _REPLACED = ('train*.bin', 'val*.bin', 'tokenizer.json')
+FINEWEB_RECORD = 'progress*.json'                   # in the folders that fineweb.py makes: how far it has come
 
 
 def install_dataset(folder, tokenizer, shards, source, split, template=''):
@@ -128,10 +133,7 @@ def install_dataset(folder, tokenizer, shards, source, split, template=''):
     meta.json is the first to go and the last to come: a folder without it is half made.
     """
     folder = Path(folder)
-    meta = {'format': 1, 'tokenizer': tokenizer.kind, 'fingerprint': tokenizer.fingerprint,
-            'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'template': template,
-            'source': source, 'split': split, 'shards': shards}
-    text = json.dumps(meta, ensure_ascii=False, indent=1) + '\n'
+    text = meta_text(tokenizer, shards, source, split, template)
     (folder / 'meta.json.tmp').write_text(text, encoding='utf-8')           # until the end, the mark of unfinished work
     (folder / 'meta.json').unlink(missing_ok=True)
     for pattern in _REPLACED:
@@ -141,6 +143,14 @@ def install_dataset(folder, tokenizer, shards, source, split, template=''):
     for path in folder.glob('*.bin.tmp'):
         path.replace(path.with_name(path.name.removesuffix('.tmp')))
     write_atomically(folder / 'meta.json', lambda f: f.write(text.encode('utf-8')))
+
+
+def meta_text(tokenizer, shards, source, split, template=''):
+    """The content of meta.json."""
+    meta = {'format': 1, 'tokenizer': tokenizer.kind, 'fingerprint': tokenizer.fingerprint,
+            'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'template': template,
+            'source': source, 'split': split, 'shards': shards}
+    return json.dumps(meta, ensure_ascii=False, indent=1) + '\n'
 
 
 # -----------------------------------------------------------------------------
@@ -156,8 +166,11 @@ def find_dataset(name, missing_ok=False):
         made = sorted(p.parent.name for p in Path('data').glob('*/meta.json'))
         raise UserError(f'there is no data set {name!r} under data/ and no folder of that name'
                         + (f' (there is: {", ".join(made)})' if made else '')
-                        + f'\nmake it first: python prepare_data.py --dataset={name}')
+                        + '\nmake it first: python ' + ('fineweb.py' if Path(name).name.startswith('fineweb_edu')
+                                                        else f'prepare_data.py --dataset={name}'))
     if not (folder / 'meta.json').exists():
+        if any(folder.glob(FINEWEB_RECORD)):
+            raise UserError(f'{folder} is half made: give its python fineweb.py command again, which goes on with it')
         if _unfinished(folder) or (folder / 'tokenizer.json').exists():
             raise UserError(f'{folder} is half made: its preparation was cut short; run it again')
         if not missing_ok and not any(folder.glob('*.bin')) and not any(folder.glob('*.npy')):

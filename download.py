@@ -77,14 +77,21 @@ def hub_download(repo, filename, folder, *, repo_type='model', revision='main', 
     return download(hub_url(repo, filename, repo_type, revision), Path(folder) / filename, **options)
 
 
-def hub_files(repo, folder='', *, repo_type='model', revision='main'):
+def hub_files(repo, folder='', *, repo_type='model', revision='main', keep=None):
     """
     All files of a hub repository below `folder`: [{'path', 'size' in bytes, 'sha256' or None}], sorted by path.
 
     The tree API answers in pages, each with the address of the next in its Link header; large files carry their LFS
-    SHA-256. Raises DownloadError.
+    SHA-256. keep: a file for the list, which is read from there where the network is forbidden. Raises DownloadError.
     """
     if offline():
+        try:
+            found = json.loads(Path(keep).read_text(encoding='utf-8'))
+            if found and all(isinstance(entry['path'], str) and isinstance(entry['size'], int)
+                             and isinstance(entry['sha256'], str | None) for entry in found):
+                return found
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none is kept, or it is damaged, which is as good as none
         raise DownloadError(f'{offline()} forbids asking {plain(hub_endpoint())} for the files of {repo}.\n'
                             'Name the files that you have with --input, or unset the variable.')
     kind = {'model': 'models', 'dataset': 'datasets'}[repo_type]
@@ -103,7 +110,17 @@ def hub_files(repo, folder='', *, repo_type='model', revision='main'):
                                 'whether a proxy or a login page answers in its place.') from None
         following = response.links.get('next', {}).get('url')
         url = urljoin(url, following) if following else None
-    return sorted(found, key=lambda entry: entry['path'])
+    found.sort(key=lambda entry: entry['path'])
+    if keep:
+        try:
+            Path(keep).parent.mkdir(parents=True, exist_ok=True)
+            part = beside(Path(keep), f'.{os.getpid()}.part')
+            part.write_text(json.dumps(found, indent=1), encoding='utf-8')
+            os.replace(part, keep)
+        except OSError as error:
+            raise DownloadError(f'{keep}: cannot be written: {error.strerror or error}. '
+                                'Check the folder and its permissions.') from None
+    return found
 
 
 def hub_token():

@@ -15,13 +15,13 @@ from configurator import UserError, configure
 from corpus import Piece, find_inputs, read_documents, split_pieces, split_rule, write_dataset
 from dataset import start_dataset
 from download import download, hub_files, hub_url
-from tokenizer import END_OF_TEXT, gpt2_tokenizer, train_bpe, train_char
+from tokenizer import END_OF_TEXT, gpt2_tokenizer, load_tokenizer, train_bpe, train_char
 
 # -----------------------------------------------------------------------------
 dataset = 'python_docs'     # shakespeare, shakespeare_char, tinystories, openwebtext, python_docs or custom
 input = ''                  # your own .txt, .jsonl or .parquet ("text" field), .gz; a folder; or several, with commas
 out = ''                    # the folder to make; '' = data/<dataset>
-tokenizer = 'auto'          # char, bpe (trained on this text) or gpt2; auto = what suits the data set
+tokenizer = 'auto'          # char, bpe (trained on this text), gpt2, or a tokenizer.json; auto = what suits the data
 vocab_size = 0              # ids of a trained BPE; 0 = what suits the data set, mostly 32768
 val_fraction = 0.1          # the part kept for validation
 separator = 'auto'          # what divides the documents in a .txt; '' = a file is one document; auto = what suits
@@ -52,7 +52,8 @@ def fetch_corpus(name):
         return [download(url, folder / 'TinyStoriesV2-GPT4-train.txt')]
     if name == 'openwebtext':
         repo = 'Skylion007/openwebtext'
-        files = [f for f in hub_files(repo, repo_type='dataset') if f['path'].endswith('.parquet')]
+        listed = hub_files(repo, repo_type='dataset', keep=folder / 'openwebtext.listing')
+        files = [f for f in listed if f['path'].endswith('.parquet')]
         return [download(hub_url(repo, f['path'], repo_type='dataset'), folder / Path(f['path']).name,
                          sha256=f['sha256'], size=f['size']) for f in files]
     raise UserError(f'--dataset={name} needs --input=FILE or FOLDER')
@@ -81,8 +82,8 @@ def main():
     kind = kind if tokenizer == 'auto' else tokenizer
     ids = vocab_size or ids or 32768
     divider = divider if separator == 'auto' else separator.replace('\\n', '\n')
-    if kind not in ('char', 'bpe', 'gpt2'):
-        raise UserError(f'tokenizer {kind!r} is not one of char, bpe, gpt2')
+    if kind not in ('char', 'bpe', 'gpt2') and not Path(kind).exists():
+        raise UserError(f'tokenizer {kind!r} is not one of char, bpe, gpt2, and no tokenizer.json')
     paths = find_inputs(input) if input else [] if dataset == 'python_docs' else fetch_corpus(dataset)
     source = ', '.join(p.name for p in paths[:5]) or 'pydoc_data.topics'
     folder = Path(out or f'data/{dataset}')
@@ -104,8 +105,12 @@ def main():
         every = max(1, math.ceil(sum(p.stat().st_size for p in paths) / TOKENIZER_BYTES))
         codec = train_bpe((text for i, (split, piece) in enumerate(split_documents('training the tokenizer'))
                            if split == 'train' and i % every == 0 for text, _ in piece.segments), ids)
-    else:
+    elif kind == 'gpt2':
         codec = gpt2_tokenizer()
+    else:                                           # that of a published model, to train it further
+        codec = load_tokenizer(kind)
+        if codec.eot is None:
+            raise UserError(f'{kind} has no end-of-text token that is known here; documents could not be told apart')
     print(f'tokenizer: {codec.kind}, {codec.vocab_size:,} ids')
 
     # 3) the shards

@@ -186,7 +186,7 @@ else:                                           # somebody's weights, to be trai
         raise UserError(f'{path} holds {start["quantized"]} weights, which cannot be trained; start from its original')
     if tokenizer_of(start, path).fingerprint != tokenizer.fingerprint:
         raise UserError(f'{path} was trained with another tokenizer than that of dataset {dataset!r};\n'
-                        'prepare the data with its tokenizer')
+                        'prepare the data with its own: prepare_data.py --tokenizer=FOLDER/tokenizer.json')
     isolated = {'document_token': tokenizer.eot} if isolate_documents else {}
     model = build_model(start, path, dropout=dropout, **isolated)
     if block_size != model.config.block_size:

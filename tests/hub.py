@@ -19,6 +19,10 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 Request = namedtuple('Request', 'host method path headers status')     # host is 'hub' or 'store'; status of the answer
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = False              # so that server_close() waits for them
+
+
 class Hub:
     """repos: {'datasets/OWNER/NAME' or 'models/OWNER/NAME': {path: bytes}}; page_size: entries in a page of a list."""
 
@@ -28,8 +32,8 @@ class Hub:
         self.faults = []                # (pattern, what is to go wrong), each for one request
         self.closing = threading.Event()
         self.servers = {host: self._serve(host) for host in ('hub', 'store')}
-        self.endpoint = f'http://127.0.0.1:{self.servers["hub"].server_port}'
-        self.store = f'http://localhost:{self.servers["store"].server_port}'
+        self.endpoint = f'http://127.0.0.1:{self.servers["hub"][0].server_port}'
+        self.store = f'http://localhost:{self.servers["store"][0].server_port}'
         self.environment = {'HF_ENDPOINT': self.endpoint, 'NO_PROXY': '127.0.0.1,localhost',
                             'no_proxy': '127.0.0.1,localhost'}
 
@@ -38,9 +42,10 @@ class Hub:
 
     def __exit__(self, *_):
         self.closing.set()
-        for server in self.servers.values():
+        for server, thread in self.servers.values():
             server.shutdown()
             server.server_close()
+            thread.join()
 
     def fail(self, pattern, times=1, **fault):
         """The next requests, to either host, whose path the pattern is found in go wrong. fault: status=, headers={},
@@ -69,9 +74,10 @@ class Hub:
             def log_message(self, *args):
                 pass
 
-        server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
-        return server
+        server = Server(('127.0.0.1', 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True)
+        thread.start()
+        return server, thread
 
     def _answer(self, host, handler):
         hit = next((f for f in self.faults if re.search(f[0], handler.path)), None)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import requests
+from hub import Hub
 
 import download as module
-from download import DownloadError, download, hub_download, hub_endpoint, hub_url, request
+from download import DownloadError, download, hub_download, hub_endpoint, hub_files, hub_url, request
 
 BODY = random.Random(1).randbytes(400_000)
 OTHER = random.Random(2).randbytes(400_000)
@@ -598,6 +599,59 @@ def test_hub_download_stays_in_its_folder(name, site, tmp_path, monkeypatch):
     with pytest.raises(DownloadError, match='inside'):
         hub_download('a/b', name, tmp_path / 'in')
     assert site.log == [] and only(tmp_path) == []
+
+
+FILES = {'a/b.bin': b'12345', 'a/c.json': b'{}', 'a/d/e.bin': b'6', 'f.bin': b'789'}
+LISTED = [{'path': 'a/b.bin', 'size': 5, 'sha256': sha(b'12345')}, {'path': 'a/c.json', 'size': 2, 'sha256': None},
+          {'path': 'a/d/e.bin', 'size': 1, 'sha256': sha(b'6')}, {'path': 'f.bin', 'size': 3, 'sha256': sha(b'789')}]
+
+
+@pytest.fixture
+def hub(quiet_world, monkeypatch):
+    with Hub({'models/some/model': FILES, 'datasets/some/data': FILES}, page_size=1) as hub:
+        for name, value in hub.environment.items():
+            monkeypatch.setenv(name, value)
+        yield hub
+
+
+@pytest.mark.parametrize('repo, repo_type', [('some/model', 'model'), ('some/data', 'dataset')])
+@pytest.mark.parametrize('keep', [True, False])
+def test_all_files_are_listed_however_many_pages_it_takes(hub, tmp_path, repo, repo_type, keep):
+    kept = tmp_path / 'new' / 'listing' if keep else None
+    assert hub_files(repo, repo_type=repo_type, keep=kept) == LISTED
+    assert hub_files(repo, 'a', repo_type=repo_type, keep=kept) == LISTED[:3]
+    assert len(hub.requests) == 4 + 3
+    assert not keep or only(kept.parent) == ['listing']
+
+
+def test_a_kept_list_of_files_serves_offline_and_a_damaged_one_does_not(hub, tmp_path, monkeypatch):
+    kept = tmp_path / 'listing'
+    hub_files('some/model', keep=kept)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    hub.requests.clear()
+    assert hub_files('some/model', keep=kept) == LISTED
+    whole = kept.read_text(encoding='utf-8')
+    for damaged in (whole[:-5], '', 'null', '{}', '[]', '[1]', whole.replace('path', 'name'), whole.replace('5', '""')):
+        kept.write_text(damaged, encoding='utf-8')
+        with pytest.raises(DownloadError, match='HF_HUB_OFFLINE=1'):
+            hub_files('some/model', keep=kept)
+    with pytest.raises(DownloadError, match='HF_HUB_OFFLINE=1'):
+        hub_files('some/model')
+    assert hub.requests == []
+
+
+def test_a_list_that_fails_on_the_way_leaves_the_kept_one_as_it_was(hub, tmp_path, naps):
+    hub_files('some/model', keep=tmp_path / 'listing')
+    hub.fail('cursor=2', times=99, status=404)
+    with pytest.raises(DownloadError):
+        hub_files('some/model', 'a', keep=tmp_path / 'listing')
+    assert only(tmp_path) == ['listing'] and json.loads((tmp_path / 'listing').read_text(encoding='utf-8')) == LISTED
+
+
+def test_a_list_that_cannot_be_kept_is_told_in_words(hub, tmp_path):
+    (tmp_path / 'file').write_bytes(b'')
+    with pytest.raises(DownloadError, match='file/listing: cannot be written'):
+        hub_files('some/model', keep=tmp_path / 'file' / 'listing')
 
 
 def test_the_token_goes_to_the_hub_and_not_along_a_redirect(site, elsewhere, tmp_path, monkeypatch):

@@ -9,15 +9,14 @@ import random
 import re
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hub import Hub
 
 import corpus
 from configurator import UserError, configure
@@ -437,52 +436,18 @@ def test_a_mistake_ends_the_script_with_status_2_and_no_traceback(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, here):
-    """A Hugging Face hub of two data sets on this machine; hub.log holds what it was asked for."""
-    files, log = {}, []
+    """A Hugging Face hub of two data sets on this machine."""
+    files = {'README.md': b'hello'}
     for i in range(2):
         path = here / f'{i}.parquet'
         pyarrow.parquet.write_table(pyarrow.table({'text': DOCUMENTS[i * 30:i * 30 + 30]}), path)
-        files[f'Skylion007/openwebtext/plain_text/train-{i:05d}.parquet'] = path.read_bytes()
-    stories = '\n<|endoftext|>\n'.join(DOCUMENTS[:40])
-    files['roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt'] = stories.replace('\r', '').encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            log.append(self.path)
-            path, _, query = self.path.partition('?')
-            headers, status, body = {}, 404, b''
-            if path == '/api/datasets/Skylion007/openwebtext/tree/main':
-                pages = [[{'type': 'directory', 'path': 'plain_text', 'size': 0}, {'type': 'file', 'path': 'README.md',
-                                                                                   'size': 5}]]
-                pages += [[{'type': 'file', 'path': name.split('/', 2)[2], 'size': len(data),
-                            'lfs': {'oid': hashlib.sha256(data).hexdigest()}}]
-                          for name, data in files.items() if 'openwebtext' in name]
-                page = int((re.search(r'cursor=(\d)', query) or '00')[1])
-                status, body = 200, json.dumps(pages[page]).encode()
-                if page + 1 < len(pages):
-                    here = f'http://127.0.0.1:{self.server.server_port}{path}'
-                    headers['Link'] = f'<{here}?cursor={page + 1}>; rel="next"'
-            elif path.startswith('/datasets/'):
-                body = files.get(path.removeprefix('/datasets/').replace('/resolve/main/', '/'), b'')
-                status = 200 if body else 404
-            self.send_response(status)
-            for name, value in {**headers, 'Content-Length': len(body)}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
-    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    yield log
-    server.shutdown()
-    server.server_close()
-    thread.join()
+        files[f'plain_text/train-{i:05d}.parquet'] = path.read_bytes()
+    stories = '\n<|endoftext|>\n'.join(DOCUMENTS[:40]).replace('\r', '').encode()
+    with Hub({'datasets/Skylion007/openwebtext': files,
+              'datasets/roneneldan/TinyStories': {'TinyStoriesV2-GPT4-train.txt': stories}}, page_size=1) as hub:
+        for name, value in hub.environment.items():
+            monkeypatch.setenv(name, value)
+        yield hub
 
 
 def test_openwebtext_comes_from_the_hub_all_files_of_all_pages_once(hub):
@@ -491,7 +456,16 @@ def test_openwebtext_comes_from_the_hub_all_files_of_all_pages_once(hub):
         train, val = read_documents('data/openwebtext', 'train'), read_documents('data/openwebtext', 'val')
         assert sorted(train + val) == sorted(DOCUMENTS)
     assert dataset_tokenizer('data/openwebtext').kind == 'gpt2'
-    assert sum('/resolve/' in path for path in hub) == 2                # the second time they were there
+    assert len(hub.fetched()) == 2                                      # the second time they were there
+
+
+def test_openwebtext_that_was_fetched_is_prepared_without_the_network(hub, monkeypatch):
+    make('--dataset=openwebtext')
+    hub.requests.clear()
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    make('--dataset=openwebtext', '--out=again')
+    assert hub.requests == []
+    assert all_bytes('again') == all_bytes('data/openwebtext')
 
 
 def test_tinystories_come_from_the_hub_and_are_divided(hub):
