@@ -66,7 +66,8 @@ def model_card(path, checkpoint, model):
                   'tokens per step': f'{per_step:,}' if per_step else None,
                   'tokens in all': f'{steps * per_step:,}' if per_step else None,
                   'optimizer': settings.get('optimizer'), 'peak learning rate': settings.get('learning_rate'),
-                  'weight decay': settings.get('weight_decay'), 'started from': started if started not in ('auto', 'scratch', 'resume') else None}
+                  'weight decay': settings.get('weight_decay'),
+                  'started from': started if started not in ('auto', 'scratch', 'resume') else None}
     if checkpoint.get('best_val_loss', float('inf')) < float('inf'):
         facts['best validation loss'] = f'{checkpoint["best_val_loss"]:.4f}'
     rows = ''.join(f'| {name} | {value} |\n' for name, value in facts.items() if value not in (None, ''))

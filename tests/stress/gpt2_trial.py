@@ -1,6 +1,6 @@
 """The whole of GPT-2 124M, as config/train_gpt2_smoke.py trains it, in float32: by one process, stopped and resumed, by
 two processes, by two torchrun agents that meet on loopback as two machines do, and with the optimizer's state divided.
-All must have the same losses and answers. About a quarter of an hour on two cores.
+All must have the same losses and answers. About ten minutes on two cores.
 
     python tests/stress/gpt2_trial.py --text=input.txt --questions=hellaswag_val.jsonl
 """
@@ -22,8 +22,9 @@ from configurator import configure  # noqa: E402
 # -----------------------------------------------------------------------------
 text = ''                   # a text to train on
 questions = ''              # HellaSwag questions, .jsonl
-steps = 4                   # optimizer steps of 8,192 tokens
-limit = 12                  # how many questions are asked, twice
+steps = 4                   # optimizer steps
+tokens = 2048               # tokens in a step; the recipe has 8192
+limit = 6                   # how many questions are asked, twice
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
@@ -31,7 +32,8 @@ config = configure(globals())
 def train(place, name, processes=1, machines=1, **changes):
     """Run the recipe as `name`; returns what it printed."""
     settings = {'dataset': 'trial', 'out_dir': f'out/{name}', 'dtype': 'float32', 'max_steps': steps,
-                'eval_interval': steps // 2, 'eval_iters': 4, 'sample_interval': steps, 'sample_tokens': 16,
+                'total_batch_size': tokens, 'eval_interval': steps // 2, 'eval_iters': 2,
+                'sample_interval': steps, 'sample_tokens': 16,
                 'hellaswag_interval': steps // 2, 'hellaswag_limit': limit,
                 'hellaswag_data': Path(questions).resolve(), 'tensorboard': False, **changes}
     script = [str(ROOT / 'train.py'), str(ROOT / 'config/train_gpt2_smoke.py'), *(f'--{k}={v}' for k, v in
@@ -63,7 +65,7 @@ def main():
         subprocess.run([sys.executable, ROOT / 'prepare_data.py', '--dataset=custom', f'--input={Path(text).resolve()}',
                         '--tokenizer=gpt2', '--out=data/trial'], cwd=place, check=True)
         out = train(place, 'one', checkpoint_interval=steps // 2, keep_checkpoints=0)
-        print(out)
+        print(out, flush=True)
         one = numbers(place, 'one')
         # back to the middle, as if the power had failed there
         Path(place, 'out/resumed').mkdir()
@@ -81,7 +83,8 @@ def main():
             assert other.keys() == one.keys()
             worst = max(abs(other[key] - one[key]) / abs(one[key] or 1) for key in one)
             same = all(other[key] == one[key] for key in one)
-            print(f'{name}: {len(one)} numbers, the furthest apart by {worst:.1e}' + ', all the same bits' * same)
+            print(f'{name}: {len(one)} numbers, the furthest apart by {worst:.1e}' + ', all the same bits' * same,
+                  flush=True)
             assert worst < 1e-5
         print('\n'.join(f'{name}: {size}' for name, size in sizes.items()))
 
