@@ -93,7 +93,7 @@ def hub_files(repo, folder='', *, repo_type='model', revision='main', keep=None)
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none is kept, or it is damaged, which is as good as none
         raise DownloadError(f'{offline()} forbids asking {plain(hub_endpoint())} for the files of {repo}.\n'
-                            'Name the files that you have with --input, or unset the variable.')
+                            'Unset the variable, or name what is on disk: a folder, or files with --input.')
     kind = {'model': 'models', 'dataset': 'datasets'}[repo_type]
     url = (f"{hub_endpoint()}/api/{kind}/{quote(repo)}/tree/{quote(revision, safe='')}"
            f"{'/' + quote(folder) if folder else ''}?recursive=true")

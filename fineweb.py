@@ -320,8 +320,8 @@ def progress_bar():
 
 def read_record(folder, tag, settings):
     """The record of a part, {} if there is none. Raises UserError if the folder is another's or has other settings."""
-    records = {path.name: path for path in folder.glob(FINEWEB_RECORD)}
     theirs = [p.name for pattern in ('*.bin', '*.bin.tmp', '*.npy', '*.json', 'meta.*') for p in folder.glob(pattern)]
+    records = {path.name: path for path in folder.glob(FINEWEB_RECORD)}     # in this order: other parts may be starting
     if theirs and not records:
         raise UserError(f'{folder} holds {theirs[0]}, which is not of fineweb.py; choose another --out')
     for path in records.values():
@@ -409,7 +409,6 @@ def main():
                 raise UserError(f'part {part} has nothing to do: there are {len(files)} files; make fewer parts')
             listed = json.dumps([[Path(file['path']).name, file['size'], file['sha256']] for file in files])
             settings['files'] = f'{len(files)} files, {hashlib.sha256(listed.encode()).hexdigest()[:16]}'
-            read_record(folder, tag, settings)
 
         # 2) do it, or what is left of it
         folder.mkdir(parents=True, exist_ok=True)

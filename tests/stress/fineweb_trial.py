@@ -6,14 +6,15 @@
 import os
 import random
 import re
+import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import tiktoken
@@ -45,7 +46,8 @@ def write_parquet(path, megabytes, row_group_size):
 
 
 def run(folder, source, workers, watch=False):
-    """(seconds, tokens, {kind of process: peak of its resident memory in MB, together}) of one run of the script."""
+    """((seconds, CPU seconds), tokens, {kind of process: peak resident memory in MB, together}) of one run."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     shutil.rmtree(folder / 'made', ignore_errors=True)
     begun = time.perf_counter()
     command = [sys.executable, SCRIPT, f'--input={source}', f'--out={folder}/made', f'--workers={workers}']
@@ -64,7 +66,9 @@ def run(folder, source, workers, watch=False):
     said = process.communicate()[0]
     assert process.returncode == 0
     tokens = sum(int(n.replace(',', '')) for n in re.findall(r'has ([\d,]+) tokens', said))
-    return time.perf_counter() - begun, tokens, {
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return np.array([time.perf_counter() - begun, cpu]), tokens, {
         kind: sum(mb for (k, _), mb in peaks.items() if k == kind) for kind in ('parent', 'workers')}
 
 
@@ -74,21 +78,24 @@ def speed(folder, megabytes=200, rounds=5):
     write_parquet(small, 1, 1000)
     texts, gpt2 = list(documents(megabytes)), tiktoken.get_encoding('gpt2')
     rates = {'plain loop': [], '1 worker': [], '2 workers': []}
-    startup = statistics.median(run(folder, small, 1)[0] for _ in range(3))
+    startup = {n: np.median([run(folder, small, n)[0] for _ in range(3)], axis=0) for n in (1, 2)}
     for _ in range(rounds):
-        begun, tokens = time.perf_counter(), 0
+        begun, tokens = np.array([time.perf_counter(), time.process_time()]), 0
         for text in texts:
             tokens += 1 + len(gpt2.encode_ordinary(text))
-        rates['plain loop'].append(tokens / (time.perf_counter() - begun))
+        rates['plain loop'].append(tokens / (np.array([time.perf_counter(), time.process_time()]) - begun))
         for name, workers in (('1 worker', 1), ('2 workers', 2)):
             seconds, made, _ = run(folder, source, workers)
             assert made == tokens
-            rates[name].append(tokens / (seconds - startup))
-    print(f'{tokens:,} tokens; the start, {startup:.1f} s, is not counted; medians of {rounds} rounds, '
+            rates[name].append(tokens / (seconds - startup[workers]))
+    print(f'{tokens:,} tokens; the start, {startup[1][0]:.1f} s, is not counted; medians of {rounds} rounds, '
           f'{os.cpu_count()} cores')
+    plain = np.median(rates['plain loop'], axis=0)
     for name, values in rates.items():
-        print(f'{name:10}  {statistics.median(values) / 1e6:.2f}M tokens/s  ({min(values) / 1e6:.2f} to '
-              f'{max(values) / 1e6:.2f}), {statistics.median(values) / statistics.median(rates["plain loop"]):.2f}x')
+        low, high = np.min(values, axis=0)[0] / 1e6, np.max(values, axis=0)[0] / 1e6
+        second, cpu_second = np.median(values, axis=0)
+        print(f'{name:10}  {second / 1e6:.2f}M tokens/s ({low:.2f} to {high:.2f}), {second / plain[0]:.2f}x;  '
+              f'{cpu_second / 1e6:.2f}M in a CPU second, {cpu_second / plain[1]:.2f}x')
 
 
 def memory(folder):
@@ -98,7 +105,7 @@ def memory(folder):
             for workers in (1, 2):
                 seconds, tokens, peaks = run(folder, folder / 'in.parquet', workers, watch=True)
                 print(f'{megabytes:4} MB, {what}, {workers} workers: parent {peaks["parent"]:.0f} MB, workers '
-                      f'{peaks["workers"]:.0f} MB together; {tokens:,} tokens in {seconds:.0f} s', flush=True)
+                      f'{peaks["workers"]:.0f} MB together; {tokens:,} tokens in {seconds[0]:.0f} s', flush=True)
 
 
 if __name__ == '__main__':
