@@ -4,19 +4,15 @@
     python hellaswag.py --limit=1000 --show=3       the first thousand questions only, and three of them in full
     torchrun --standalone --nproc_per_node=8 hellaswag.py
 
-Each question is a context and four endings, one of them right. The model does not see them as a choice: it scores each
-ending as a continuation of the context, and the one it finds likeliest is its answer. acc compares the loss of whole
-endings, acc_norm the loss per token; acc_norm is the number usually quoted (GPT-2 124M: 0.2955).
-
-A context goes through the model only once, into a KV cache, and its endings behind it; questions whose contexts have
-the same length go together, so that no padding stands in between.
+Each question is a context and four endings, one of them right. The model never sees them as a choice: the ending that
+it finds the likeliest continuation is its answer. acc compares the losses of whole endings, acc_norm the losses per
+token; acc_norm is the number usually quoted (GPT-2 124M: 0.2955).
 """
 
 import json
 import random
 import time
 from collections import namedtuple
-from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -106,6 +102,8 @@ def fit(question, block_size):
 def evaluate(model, questions, *, rank=0, world_size=1, batch_size=128, progress=None):
     """This process's share of `questions`, as a list of Answers, in no particular order.
 
+    A context goes through the model once, into a KV cache, and its endings behind it; questions whose contexts are of
+    one length go together, so that no padding stands in between.
     model: a GPT in evaluation mode, perhaps under autocast. batch_size: the most contexts, and the most endings, that
     go through it at a time. progress: is called with the Answers of each batch as soon as they are there.
     """
@@ -117,10 +115,8 @@ def evaluate(model, questions, *, rank=0, world_size=1, batch_size=128, progress
     def context_length(i):
         return len(fitted[i][0])
 
-    mine = sorted(range(len(questions)), key=context_length)[rank::world_size]
-    batches = []
-    for _, same in groupby(mine, key=context_length):
-        batches += split(same, context_length, batch_size, slack=0)
+    mine = sorted(range(len(questions)), key=context_length, reverse=True)[rank::world_size]
+    batches = split(mine, context_length, batch_size, slack=0)
     random.Random(0).shuffle(batches)       # short contexts differ from long ones: in order, the first would mislead
 
     answers = []
@@ -156,7 +152,7 @@ def evaluate(model, questions, *, rank=0, world_size=1, batch_size=128, progress
 
 def split(rows, length, batch_size, slack):
     """`rows`, whose length(row) does not rise, in parts that need at most `slack` tokens of padding: of `batch_size`
-    rows, or fewer where these are over 128 tokens long, since it is their tokens in the cache that take memory."""
+    rows, or fewer where they are over 128 tokens long, as it is their tokens in the cache that take memory."""
     parts, longest, most, padding = [], 0, 0, 0
     for row in rows:
         padding += longest - length(row)
@@ -211,10 +207,10 @@ def main():
         for answer in sorted(answers)[:show]:
             question = questions[answer.index]
             print(f'[{question.text.get("ind", answer.index)}] {question.text["ctx"]}')
+            by_sum, by_mean = smallest(answer.sums), smallest(answer.means)
             for k, ending in enumerate(question.text['endings']):
-                right, by_sum, by_mean = (' ✔'[k == question.label], ' ←'[k == smallest(answer.sums)],
-                                          ' ←'[k == smallest(answer.means)])
-                print(f'  {right} {answer.sums[k]:9.4f}{by_sum} {answer.means[k]:8.4f}{by_mean} {ending}')
+                print(f'  {" ✔"[k == question.label]} {answer.sums[k]:9.4f}{" ←"[k == by_sum]} '
+                      f'{answer.means[k]:8.4f}{" ←"[k == by_mean]} {ending}')
         if show:
             print('✔ the right ending, with its loss in nats, whole and per token; ← the smallest, which is chosen')
         right_norm, right, n = count(answers, questions)

@@ -416,3 +416,63 @@ def test_llama_tokenizers_begin_texts_as_theirs_do_and_keep_the_space_between_wo
     assert tokenizer.start + tokenizer.encode('a ab') == theirs.encode('a ab').ids
     text, = generate_texts(['a ab'], loaded, tokenizer, temperature=0, max_new_tokens=12)
     assert text.startswith(' ') and 'a ab' + text == expected
+
+
+# -----------------------------------------------------------------------------
+# export.py
+
+@pytest.fixture
+def run_folder(here, bpe):
+    """A checkpoint as train.py leaves it, in out/."""
+    model = our_model(**SHAPES['llama'])
+    Path('out').mkdir()
+    save_checkpoint('out', {'model': model.state_dict(), 'model_args': model.model_args(), 'iter_num': 300,
+                            'best_val_loss': 3.25, 'tokenizer': bpe.state(), 'tokenizer_fingerprint': bpe.fingerprint,
+                            'config': {'dataset': 'plays', 'total_batch_size': 8192, 'learning_rate': 6e-4,
+                                       'optimizer': 'adamw', 'init_from': 'auto', 'weight_decay': 0.1}},
+                    ['checkpoint.pt'])
+    return here
+
+
+def export_script(*args):
+    return subprocess.run([sys.executable, str(ROOT / 'export.py'), '--format=hf', *args], capture_output=True,
+                          text=True, encoding='utf-8', timeout=100, env={**os.environ, 'HF_HOME': 'nobody'})
+
+
+def test_the_model_card_tells_how_the_model_was_trained(run_folder):
+    done = export_script('--out=made')
+    assert done.returncode == 0, done.stderr
+    card = Path('made/README.md').read_text(encoding='utf-8')
+    for fact in ('library_name: transformers', '| training data | plays |', '| optimizer steps | 300 |',
+                 '| tokens in all | 2,457,600 |', '| peak learning rate | 0.0006 |',
+                 '| best validation loss | 3.2500 |'):
+        assert fact in card, card
+    assert 'started from' not in card and str(run_folder) not in card
+    again = export_script('--out=made')                 # an export may be made anew
+    assert again.returncode == 0, again.stderr
+
+
+def test_pushing_without_being_logged_in_says_how_and_keeps_the_folder(run_folder):
+    done = export_script('--out=made', '--push=me/mine')
+    assert done.returncode == 2 and 'logged in' in done.stderr and 'Traceback' not in done.stderr
+    assert GPT.from_pretrained('made').num_params() == our_model(**SHAPES['llama']).num_params()
+
+
+def test_pushing_makes_the_repository_and_uploads_the_folder(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    import export
+    calls = []
+
+    class Recorder:
+        def __init__(self, endpoint=None):
+            calls.append(endpoint)
+
+        def __getattr__(self, name):
+            return lambda *args, **options: calls.append((name, args, options))
+
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Recorder)
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    export.upload(tmp_path, 'me/mine')
+    assert calls == ['http://127.0.0.1:9', ('whoami', (), {}), ('create_repo', ('me/mine',), {'exist_ok': True}),
+                     ('upload_folder', (), {'repo_id': 'me/mine', 'folder_path': tmp_path})]
