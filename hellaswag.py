@@ -15,14 +15,12 @@ import time
 from collections import namedtuple
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import load_for_use
 from configurator import UserError, configure
-from device import init_distributed, pick_device, pick_dtype
+from device import from_everyone, init_distributed, leave_distributed, pick_device, pick_dtype
 from download import hub_download
-from model import KVCache
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint file or folder; auto = out_dir, or the newest run in a folder of it
@@ -30,7 +28,7 @@ out_dir = 'out'             # where the run is
 data = ''                   # a .jsonl or .parquet with ctx, endings, label; '' = the official validation split
 limit = 0                   # ask only the first so many questions; 0 = all
 show = 0                    # print so many questions with the losses of their endings
-batch_size = 128            # contexts, and then endings, in a forward pass; fewer where they are over 128 tokens
+batch_size = 64             # questions in a forward pass; fewer where they are over 256 tokens
 device = 'auto'             # auto, cpu, cuda, mps
 dtype = 'auto'              # auto, float32, bfloat16, float16
 config = configure(globals())
@@ -99,69 +97,67 @@ def fit(question, block_size):
 
 
 @torch.inference_mode()
-def evaluate(model, questions, *, rank=0, world_size=1, batch_size=128, progress=None):
+def evaluate(model, questions, *, rank=0, world_size=1, batch_size=64, progress=None):
     """This process's share of `questions`, as a list of Answers, in no particular order.
 
-    A context goes through the model once, into a KV cache, and its endings behind it; questions whose contexts are of
-    one length go together, so that no padding stands in between.
-    model: a GPT in evaluation mode, perhaps under autocast. batch_size: the most contexts, and the most endings, that
-    go through it at a time. progress: is called with the Answers of each batch as soon as they are there.
+    A question is one row: its context, once, and behind it each of its endings, which sees the context and itself but
+    not the others, and has the positions that it would have alone.
+    model: a GPT in evaluation mode, perhaps under autocast. batch_size: the most questions that go through it at a
+    time. progress: is called with the Answers of each batch as soon as they are there.
     """
     device = next(model.parameters()).device
-    # padding tokens that take as long as one more forward pass: measured on two cores, estimated for a GPU
-    slack = 32 if device.type == 'cpu' else 2048
     fitted = [fit(question, model.config.block_size) for question in questions]
-
-    def context_length(i):
-        return len(fitted[i][0])
-
-    mine = sorted(range(len(questions)), key=context_length, reverse=True)[rank::world_size]
-    batches = split(mine, context_length, batch_size, slack=0)
-    random.Random(0).shuffle(batches)       # short contexts differ from long ones: in order, the first would mislead
+    lengths = [len(context) - 1 + sum(map(len, endings)) for context, endings in fitted]
+    mine = sorted(range(len(questions)), key=lengths.__getitem__, reverse=True)[rank::world_size]
+    batches = split(mine, lengths, batch_size)
+    random.Random(0).shuffle(batches)       # short questions differ from long ones: in order, the first would mislead
 
     answers = []
     for batch in batches:
-        # 1) the contexts, all of length T, into the cache: what they end in is the loss of all first tokens
-        contexts = torch.tensor([fitted[i][0] for i in batch], device=device)                   # (n, T)
-        n, T = contexts.shape
-        cache = KVCache(model.config, n, T)
-        logits, _ = model(contexts, cache=cache, last_only=True)                                # (n, 1, V)
-        first = -logits[:, 0].float().log_softmax(dim=-1).cpu()                                 # (n, V)
-        rows = {(b, ending) for b, i in enumerate(batch) for ending in fitted[i][1]}            # equal ones count once
-        losses = {(b, ending): first[b, ending[0]].item() for b, ending in rows}
+        # 1) the rows: the context but for its last token, then for each ending that token and the ending's but the last
+        idx, targets, positions, parts = torch.zeros(4, len(batch), lengths[batch[0]], dtype=torch.int64)     # (B, T)
+        targets.fill_(-100)
+        for b, i in enumerate(batch):
+            context, endings = fitted[i]
+            at = len(context) - 1
+            idx[b, :at], positions[b, :at] = torch.tensor(context[:-1]), torch.arange(at)
+            for part, ending in enumerate(endings, 1):
+                here = slice(at, at + len(ending))
+                idx[b, here], targets[b, here] = torch.tensor(context[-1:] + ending[:-1]), torch.tensor(ending)
+                positions[b, here], parts[b, here] = torch.arange(len(ending)) + len(context) - 1, part
+                at += len(ending)
 
-        # 2) the rest of the endings, each behind its row of the cache, with others of like length
-        rows = sorted((row for row in rows if len(row[1]) > 1), key=lambda row: (-len(row[1]), row))
-        for part in split(rows, lambda row, T=T: T + len(row[1]), batch_size, slack):
-            longest = len(part[0][1])
-            padded = [ending + (-100,) * (longest - len(ending)) for _, ending in part]
-            padded = torch.tensor(padded, device=device)                                        # (rows, longest)
-            behind = cache.pick(torch.tensor([b for b, _ in part], device=device), longest - 1)
-            _, loss = model(padded[:, :-1].clamp(min=0), padded[:, 1:], cache=behind, reduction='none')
-            for row, rest in zip(part, loss.cpu().double().sum(dim=1).tolist(), strict=True):
-                losses[row] += rest
+        # 2) each token sees what is before it in the context and in its own part
+        parts = parts.to(device)
+        mask = ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])).tril()[:, None]    # (B, 1, T, T)
+        _, losses = model(idx.to(device), targets.to(device), positions=positions.to(device), mask=mask,
+                          reduction='none')                                                             # (B, T)
+        losses, parts = losses.cpu().double(), parts.cpu()
+        sums = torch.stack([(losses * (parts == part)).sum(dim=1) for part in range(1, 5)], dim=1)      # (B, 4)
 
         # 3) what each question got
-        for b, i in enumerate(batch):
-            sums = [losses[b, ending] for ending in fitted[i][1]]
-            answers.append(Answer(i, sums, [s / len(ending) for s, ending in zip(sums, fitted[i][1], strict=True)]))
+        for i, row in zip(batch, sums.tolist(), strict=True):
+            endings = fitted[i][1]
+            row = [row[endings.index(ending)] for ending in endings]        # equal endings have the same loss exactly
+            answers.append(Answer(i, row, [loss / len(ending) for loss, ending in zip(row, endings, strict=True)]))
         if progress:
-            progress(answers[-n:])
+            progress(answers[-len(batch):])
     return answers
 
 
-def split(rows, length, batch_size, slack):
-    """`rows`, whose length(row) does not rise, in parts that need at most `slack` tokens of padding: of `batch_size`
-    rows, or fewer where they are over 128 tokens long, as it is their tokens in the cache that take memory."""
-    parts, longest, most, padding = [], 0, 0, 0
-    for row in rows:
-        padding += longest - length(row)
-        if not parts or padding > slack or len(parts[-1]) == most:
-            longest, padding = length(row), 0
-            most = max(1, batch_size * 128 // max(128, longest))
-            parts.append([])
-        parts[-1].append(row)
-    return parts
+def split(rows, lengths, batch_size):
+    """`rows`, indices into `lengths` from long to short, in batches of batch_size at most, or fewer where they are over
+    256 tokens long, and with little padding in each."""
+    batches, longest, most, tokens = [], 0, 0, 0
+    for i in rows:
+        n = len(batches[-1]) + 1 if batches else 0          # so many rows there would be, each as long as the first
+        if not batches or n > most or n * longest > 1.05 * (tokens + lengths[i]):
+            longest, tokens = lengths[i], 0
+            most = max(1, batch_size * 256 // max(256, longest))
+            batches.append([])
+        batches[-1].append(i)
+        tokens += lengths[i]
+    return batches
 
 
 def smallest(losses):
@@ -197,10 +193,7 @@ def main():
             bar.set_postfix_str(f'acc_norm {count(so_far, questions)[0] / len(so_far):.4f}', refresh=False)
             bar.update(len(new))
         answers = evaluate(model, questions, rank=rank, world_size=world_size, batch_size=batch_size, progress=progress)
-    if world_size > 1:
-        everyones = [None] * world_size
-        dist.all_gather_object(everyones, answers)
-        answers = [answer for theirs in everyones for answer in theirs]
+    answers = [answer for theirs in from_everyone(answers) for answer in theirs]
     seconds = time.time() - start
 
     if rank == 0:
@@ -217,9 +210,7 @@ def main():
         print(f'{description}: {n} questions in {seconds:.1f} s')
         print(f'acc: {right}/{n}={right / n:.4f} | acc_norm: {right_norm}/{n}={right_norm / n:.4f}')
         print(f'HellaSwag accuracy: {right_norm}/{n}={right_norm / n:.4f}')
-    if world_size > 1:
-        dist.barrier()                      # gloo aborts if one process leaves while another still listens
-        dist.destroy_process_group()
+    leave_distributed()
 
 
 if __name__ == '__main__':

@@ -90,7 +90,6 @@ class KVCache:
     """Keys and values of the tokens so far, in room taken once: per layer two (B, n_kv_head, max_length, hs)."""
 
     def __init__(self, config, batch_size, max_length):
-        self.config = config
         self.shape = (batch_size, config.n_kv_head, max_length, config.n_embd // config.n_head)
         self.layers = [None] * config.n_layer
         self.length = 0             # tokens already there; GPT.forward moves it on after the last layer
@@ -104,15 +103,6 @@ class KVCache:
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]
-
-    def pick(self, rows, room):
-        """A new cache of the given rows (n,) int64 of this one, some perhaps several times, with `room` for more."""
-        picked = KVCache(self.config, len(rows), self.length + room)
-        for layer, pair in enumerate(self.layers):
-            if pair is not None:
-                picked.extend(layer, *(z[rows, :, :self.length] for z in pair))
-        picked.length = self.length
-        return picked
 
 
 def short_causal_attention(q, k, v, mask=None):
@@ -295,7 +285,7 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, cache=None, last_only=False, reduction='mean'):
+    def forward(self, idx, targets=None, cache=None, last_only=False, reduction='mean', positions=None, mask=None):
         """Logits, or with targets the loss; the other of the pair (logits, loss) is None.
 
         idx: (B, T) int64 token ids, T at most block_size (less what the cache holds). targets: (B, T) int64, the ids
@@ -303,21 +293,23 @@ class GPT(nn.Module):
         is a float32 scalar, the mean or sum of -ln p(target) over the targets asked for; or with reduction='none',
         (B, T) float32, those terms themselves, without a gradient.
         cache: a KVCache with the tokens before idx; it takes up those of idx as well.
+        positions (B, T) int64 and mask (B, 1, T, T) bool, who sees whom, are for rows that are not simply one text.
         Raises ValueError if the tokens do not fit into block_size.
         """
         B, T = idx.shape
         start = cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
+        if positions is None and start + T > self.config.block_size:
             raise ValueError(f'{start + T} tokens do not fit into block_size {self.config.block_size}')
         x = self.transformer.wte(idx)                                        # (B, T, C)
         rope = None
+        where = slice(start, start + T) if positions is None else positions
         if self.config.position == 'learned':
-            x = x + self.transformer.wpe.weight[start:start + T]             # (T, C), the same for every row
+            x = x + self.transformer.wpe.weight[where]                       # (T, C), the same for every row
         else:
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            rope = self.rope_cos[start:start + T].to(dtype), self.rope_sin[start:start + T].to(dtype)
-        mask = None
-        if self.config.document_token >= 0 and cache is None:
+            rope = [table[where].to(dtype) for table in (self.rope_cos, self.rope_sin)]      # (T, hs/2)
+            rope = [table[:, None] for table in rope] if positions is not None else rope     # (B, 1, T, hs/2)
+        if mask is None and self.config.document_token >= 0 and cache is None:
             document = (idx == self.config.document_token).cumsum(1)        # (B, T) which one of its row each is in
             mask = (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)       # (B, 1, T, T)
         x = self.transformer.drop(x)

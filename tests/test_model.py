@@ -113,14 +113,15 @@ def test_losses_of_single_tokens_are_cross_entropys_terms(shape):
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-def test_rows_picked_from_a_cache_go_on_as_the_whole_texts_do(shape):
+def test_parts_of_a_row_with_positions_and_a_mask_are_as_each_alone(shape):
     model = lively(GPTConfig(**SMALL, **SHAPES[shape]))
-    before, behind = torch.randint(61, (3, 6)), torch.randint(61, (4, 5))
-    rows = torch.tensor([2, 0, 0, 1])
-    cache = KVCache(model.config, 3, 6)
-    model(before, cache=cache)
-    cached = model(behind, cache=cache.pick(rows, 5))[0]
-    assert torch.allclose(cached, model(torch.cat([before[rows], behind], 1))[0][:, 6:], atol=1e-5)
+    before, one, two = torch.randint(61, (2, 4)), torch.randint(61, (2, 5)), torch.randint(61, (2, 6))
+    positions = torch.tensor([[*range(4), *range(4, 9), *range(4, 10)]]).expand(2, -1)
+    part = torch.tensor([0] * 4 + [1] * 5 + [2] * 6)
+    mask = ((part[None, :] == 0) | (part[None, :] == part[:, None])).tril().expand(2, 1, 15, 15)
+    row = model(torch.cat([before, one, two], 1), positions=positions, mask=mask)[0]
+    assert torch.allclose(row[:, :9], model(torch.cat([before, one], 1))[0], atol=1e-5)
+    assert torch.allclose(row[:, 9:], model(torch.cat([before, two], 1))[0][:, 4:], atol=1e-5)
 
 
 def test_exact_parameter_counts(capsys):
@@ -191,7 +192,6 @@ def test_prompts_of_different_lengths_in_a_batch_continue_as_each_alone(shape):
 
 
 def test_the_cache_takes_several_tokens_at_a_time():
-    from model import KVCache
     model = lively(GPTConfig(**SMALL, **SHAPES['llama']))
     idx = torch.randint(61, (2, 12))
     cache = KVCache(model.config, 2, 16)
