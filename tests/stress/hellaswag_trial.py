@@ -36,7 +36,7 @@ n = 60                  # questions
 rounds = 3              # how often each of the two answers all of them
 commonest = True        # questions whose contexts are of the commonest lengths; false = the first n
 threads = 0             # of PyTorch; 0 = as many as it likes; 1 is steadier where others are at work, too
-batch_size = 128        # hellaswag.py's
+batch_size = 64         # hellaswag.py's
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
