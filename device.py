@@ -133,6 +133,16 @@ def leave_distributed():
         dist.destroy_process_group()
 
 
+def load_optimizer(optimizer, state):
+    """optimizer.load_state_dict(state), for a ZeroRedundancyOptimizer, too: that one leaves the step counts on the CPU,
+    where a fused AdamW for a GPU does not find them, and keeps a second copy of all."""
+    optimizer.load_state_dict(state)
+    if hasattr(optimizer, 'optim'):
+        optimizer.state.clear()
+        for p, values in optimizer.optim.state.items():
+            values.update({key: t.to(p.device) for key, t in values.items() if torch.is_tensor(t)})
+
+
 def state_bytes(optimizer):
     """How many bytes the state of an optimizer takes in this process."""
     state = getattr(optimizer, 'optim', optimizer).state        # with ZeRO, the part of this process

@@ -80,7 +80,7 @@ def model_card(path, checkpoint, model):
 def upload(folder, repo):
     """Put the folder on the hub as `repo`. Raises UserError, and leaves the folder, if that cannot be."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
     try:
         api = HfApi(endpoint=os.environ.get('HF_ENDPOINT') or None)
         api.whoami()
@@ -89,8 +89,8 @@ def upload(folder, repo):
     except LocalTokenNotFoundError:
         raise UserError(f'{folder} is written, but nobody is logged in to the hub: run `hf auth login`, or set '
                         'HF_TOKEN') from None
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
-        why = str(e).splitlines()[0]
+    except Exception as e:                          # of whatever library it talks through: no network, no right, ...
+        why = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f'{folder} is written, but the hub did not take it as {repo}: {why}') from None
 
 

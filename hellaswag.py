@@ -23,7 +23,7 @@ from device import from_everyone, init_distributed, leave_distributed, pick_devi
 from download import hub_download
 
 # -----------------------------------------------------------------------------
-init_from = 'auto'          # a checkpoint file or folder; auto = out_dir, or the newest run in a folder of it
+init_from = 'auto'          # a checkpoint, a published model, or a folder; auto = out_dir, or the newest run in it
 out_dir = 'out'             # where the run is
 data = ''                   # a .jsonl or .parquet with ctx, endings, label; '' = the official validation split
 limit = 0                   # ask only the first so many questions; 0 = all
@@ -61,7 +61,10 @@ def load_questions(tokenizer, data='', limit=0):
             '' if data else f', not {N_OFFICIAL:,}; delete it, and it will be downloaded again'))
     try:
         contexts = tokenizer.encode_batch([row['ctx'] for row in rows])
-        endings = tokenizer.encode_batch([' ' + ending for row in rows for ending in row['endings']])
+        space = ' '
+        if tokenizer.kind == 'bpe' and tokenizer.encode('a b') != tokenizer.encode('a') + tokenizer.encode(' b'):
+            space = ''                              # Llama's tokenizer puts one before every text by itself
+        endings = tokenizer.encode_batch([space + ending for row in rows for ending in row['endings']])
     except UserError as e:
         raise UserError(f'HellaSwag cannot be put to this model: {e}') from None
     bos = getattr(tokenizer, 'bos', None)

@@ -6,6 +6,7 @@ Qwen2ForCausalLM. One table, tensor_map(), serves both ways. Only .safetensors a
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from configurator import UserError
 from download import hub_download, hub_files
-from tokenizer import END_OF_TEXT, from_state, gpt2_tokenizer
+from tokenizer import END_OF_TEXT, from_state, gpt2_tokenizer, load_tokenizer
 
 GPT2_NAMES = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
               'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
@@ -37,7 +38,14 @@ def is_published(name):
     owner/name on the hub (unless there is a local folder called owner: then it is a mistyped path)."""
     if Path(name).exists():
         return Path(name, 'config.json').is_file()
-    return name in GPT2_NAMES or bool(re.fullmatch(r'[\w.-]+/[\w.-]+', name)) and not Path(name).parent.exists()
+    owner = name.partition('/')[0]
+    is_path = Path(owner).exists() or owner in ('out', 'data', 'models', '.', '..')
+    return name in GPT2_NAMES or bool(re.fullmatch(r'[\w.-]+/[\w.-]+', name)) and not is_path
+
+
+def same_model(one, other):
+    """Whether two names or paths mean the same model."""
+    return os.path.normpath(GPT2_NAMES.get(one, one)) == os.path.normpath(GPT2_NAMES.get(other, other))
 
 
 def fetch(name):
@@ -52,7 +60,7 @@ def fetch(name):
     wanted = ['config.json', 'tokenizer.json', INDEX if INDEX in files else WEIGHTS]
     if not {'config.json', wanted[-1]} <= files.keys():
         raise Unsupported(f'{repo} on the hub has no config.json with {WEIGHTS}; only that format is read, as loading\n'
-                          'others could run code. Choose another revision of the model, or convert it')
+                          'others could run code. Convert it, and name the folder with --init_from')
     if INDEX in files:
         hub_download(repo, INDEX, folder, size=files[INDEX]['size'])
         wanted += _weight_files(folder)
@@ -68,16 +76,20 @@ def _weight_files(folder):
         return [WEIGHTS]
     try:
         names = sorted(set(_read_json(Path(folder, INDEX))['weight_map'].values()))
+        outside = any(Path(name).name != name for name in names)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f'{Path(folder, INDEX)} has no weight_map; fetch it again') from None
-    if any(Path(name).name != name for name in names):
+    if outside:
         raise UserError(f'{Path(folder, INDEX)} names files outside its folder; it is not loaded')
     return names
 
 
 def _read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        if not isinstance(content, dict):
+            raise ValueError('it is no object')
+        return content
     except (OSError, ValueError) as e:
         raise UserError(f'{path} cannot be read ({e}); fetch it again') from None
 
@@ -283,21 +295,18 @@ def export_tensors(weights, args):
 
 def read_tokenizer(folder, config):
     """(tokenizer or None, ids that begin a text, the id that ends one or None) of a folder in their layout."""
+    from tokenizers import Tokenizer
     path = Path(folder, 'tokenizer.json')
     tokenizer, start = None, []
     if path.is_file():
-        tokenizer = from_state({'kind': 'bpe', 'tokenizer.json': path.read_text(encoding='utf-8')})
-        start = tokenizer.bpe.encode('').ids[:1]                    # what its own template puts before a text
-        vocab = tokenizer.bpe.get_vocab()
-        its_gpt2 = len(vocab) == 50257 and vocab.get('Ġthe') == 262 and vocab.get(END_OF_TEXT) == 50256
-    else:
-        its_gpt2 = config['model_type'] == 'gpt2' and config['vocab_size'] in (50257, 50304)
-    if its_gpt2:
-        try:
-            tokenizer = gpt2_tokenizer()                            # so that its fingerprint is that of our data sets
-        except UserError:
-            if tokenizer is None:
-                raise
+        tokenizer = load_tokenizer(path)
+        text = path.read_text(encoding='utf-8')
+        start = Tokenizer.from_str(text).encode('').ids[:1]         # what its own template puts before a text
+        if tokenizer.kind == 'bpe' and start == [tokenizer.eot]:    # our documents begin so in any case: as we train it
+            plain = json.dumps({**json.loads(text), 'post_processor': None})
+            tokenizer = from_state({'kind': 'bpe', 'tokenizer.json': Tokenizer.from_str(plain).to_str()})
+    elif config['model_type'] == 'gpt2' and config['vocab_size'] in (50257, 50304):
+        tokenizer = gpt2_tokenizer()
     eos = config.get('eos_token_id')
     eos = eos[0] if isinstance(eos, list) and eos else eos
     return tokenizer, start, eos if isinstance(eos, int) and tokenizer and eos < tokenizer.vocab_size else None

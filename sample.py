@@ -23,7 +23,7 @@ from device import pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 # which model
-init_from = 'auto'          # a checkpoint file or folder; auto = out_dir, or the newest run in a folder of it
+init_from = 'auto'          # a checkpoint, a published model, or a folder; auto = out_dir, or the newest run in it
 out_dir = 'out'             # where runs are
 # what to say
 prompt = ''                 # the text to continue, or the question to answer; '' = the start of a document

@@ -218,5 +218,11 @@ def load_tokenizer(path):
         state = json.loads(text)
     except (OSError, ValueError) as e:
         raise UserError(f'{path} could not be read as a tokenizer ({e})') from None
-    is_chars = isinstance(state, dict) and 'chars' in state
-    return from_state(state if is_chars else {'kind': 'bpe', 'tokenizer.json': text})
+    if isinstance(state, dict) and 'chars' in state:
+        return from_state(state)
+    tokenizer = from_state({'kind': 'bpe', 'tokenizer.json': text})
+    vocab = tokenizer.bpe.get_vocab()
+    if len(vocab) == 50257 and vocab.get('Ġthe') == 262 and vocab.get(END_OF_TEXT) == 50256:
+        with contextlib.suppress(UserError):        # GPT-2's own, under the name that our data sets know it by
+            return gpt2_tokenizer()
+    return tokenizer

@@ -23,9 +23,10 @@ from checkpoint import (BEST, FINAL, LATEST, build_model, find_checkpoints, load
                         prune_checkpoints, save_checkpoint, tokenizer_of)
 from configurator import UserError, configure
 from dataset import TokenDataset, dataset_tokenizer, find_dataset, read_meta
-from device import (all_sum, autocast, from_everyone, init_distributed, leave_distributed, peak_flops, pick_device,
-                    pick_dtype, state_bytes, synchronize)
+from device import (all_sum, autocast, from_everyone, init_distributed, leave_distributed, load_optimizer, peak_flops,
+                    pick_device, pick_dtype, state_bytes, synchronize)
 from download import DownloadError
+from huggingface import same_model
 from metrics import MetricsLog
 from model import GPT, PRESETS, GPTConfig
 from sample import generate_texts
@@ -160,8 +161,9 @@ ours = ('auto', 'scratch', 'resume')            # where nobody else's weights ar
 if init_from == 'resume' or init_from != 'scratch' and find_checkpoints(out_dir):
     path, resumed = load_newest(out_dir)
     started_from = resumed.get('config', {}).get('init_from', 'auto')
-    if init_from not in ours and init_from != started_from:
-        resumed = None                          # what is there is another run, which this one will replace
+    if init_from not in ours and not same_model(init_from, started_from):
+        raise UserError(f'{out_dir} holds a run that began with init_from={started_from!r}, not {init_from!r};\n'
+                        'choose another --out_dir, or delete that folder to begin again')
 if resumed:
     new_start = 'repeat the settings it was made with, choose another --out_dir, or start over: --init_from=scratch'
     for name, value in GPTConfig(**resumed['model_args']).__dict__.items():
@@ -212,9 +214,9 @@ if resumed:
     if len(states) != len(optimizers):
         raise UserError(f'{path} was trained with another optimizer than {optimizer!r};\n' + new_start)
     for o, state in zip(optimizers, states, strict=True):
-        o.load_state_dict(state)
+        load_optimizer(o, state)
     scaler.load_state_dict(resumed.get('scaler') or scaler.state_dict())
-    resumed = None                              # free the memory
+resumed = start = states = state = None         # free the memory
 if compile:
     say('compiling the model... (takes a minute, once)')
     model = torch.compile(model)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from checkpoint import load_for_use, pick_checkpoint, save_checkpoint
 from configurator import UserError
 from hub import Hub
-from huggingface import Unsupported, is_published, load_published, read_config, save_folder
+from huggingface import Unsupported, is_published, load_published, read_config, same_model, save_folder
 from model import GPT, GPTConfig
 from sample import generate_texts
 from tokenizer import gpt2_tokenizer, train_bpe, train_char
@@ -213,7 +213,9 @@ def test_names_are_told_from_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('out', 'run').mkdir(parents=True)
     assert all(map(is_published, ('gpt2', 'gpt2-xl', 'HuggingFaceTB/SmolLM2-135M')))
-    assert not any(map(is_published, ('out/run', 'out/typo', 'run.pt', 'gpt3', 'a/b/c')))
+    assert not any(map(is_published, ('out/run', 'out/typo', 'data/x', 'run.pt', 'gpt3', 'a/b/c')))
+    assert same_model('gpt2', 'openai-community/gpt2') and same_model('out/run/', './out/run')
+    assert not same_model('gpt2', 'gpt2-xl')
     with pytest.raises(UserError, match='gpt2-medium'):
         pick_checkpoint('gpt3', 'out')
 
@@ -271,6 +273,7 @@ def test_greedy_text_is_the_same_in_both(shape, kind, bpe, tmp_path):
     prompts = ['The class', 'naïve — x', 'T']
     for init_from in (tmp_path, folder):
         model, codec, *_ = load_for_use(str(init_from), '', 'cpu', 'float32')
+        assert codec.start == [tokenizer.eot] and (kind == 'char' or codec.fingerprint == tokenizer.fingerprint)
         texts = generate_texts(prompts, model, codec, temperature=0, max_new_tokens=20)
         for prompt, text in zip(prompts, texts, strict=True):
             encoded = their_tokenizer(prompt, return_tensors='pt')

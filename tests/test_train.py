@@ -370,3 +370,7 @@ def test_finetuning_published_weights_starts_there_and_goes_on_where_it_stopped(
     assert 'at step 8' in done.stdout, done.stderr
     done = script(words, 'train.py', *options, '--block_size=16')
     assert done.returncode == 2 and 'block_size' in done.stderr
+    before = (words / 'out/finetuned/checkpoint.pt').read_bytes()
+    done = script(words, 'train.py', *options, '--init_from=out/finetuned/checkpoint.pt')      # not what it began with
+    assert done.returncode == 2 and 'published' in done.stderr and '--out_dir' in done.stderr
+    assert (words / 'out/finetuned/checkpoint.pt').read_bytes() == before
