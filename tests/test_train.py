@@ -290,7 +290,7 @@ def test_a_run_of_gpt2s_recipe_evaluates_asks_hellaswag_samples_and_resumes(word
 
 @pytest.mark.parametrize('options', [(), ('--zero=1',), ('--zero=1', '--optimizer=muon')], ids=str)
 def test_two_processes_give_the_same_losses_and_accuracies_with_and_without_zero(words, options):
-    name = 'out/two' + '-'.join(options)
+    name = 'out/both' + '-'.join(options)
     one = 'out/words'
     if 'muon' in name:
         one = 'out/muon'
