@@ -458,6 +458,6 @@ for step in range(first_step, max_steps + 1):
 say(f'total time: {elapsed() / 60:.2f} minutes, best validation loss: {best_val_loss:.4f}, checkpoints in {out_dir}')
 if rank == 0:
     metrics_log.close()
-leave_distributed()
+leave_distributed(128 + stopping if stopping else 0)
 if stopping:
     sys.exit(128 + stopping)
