@@ -51,6 +51,18 @@ def test_the_table_of_costs_follows_from_the_formulas(preset):
     assert settings['max_steps'] * settings['total_batch_size'] == pytest.approx(10e9, rel=1e-3)
 
 
+@pytest.mark.parametrize('readme', ['README.md', 'README.zh.md'])
+def test_the_batches_of_the_readmes_torchrun_commands_come_out_whole(readme):
+    text = (ROOT / readme).read_text(encoding='utf-8')
+    commands = re.findall(r'^torchrun (.*) train\.py config/(\S+)(.*)$', text, re.M)
+    assert any('--nnodes=2' in launch for launch, *_ in commands)
+    for launch, config, more in commands:
+        processes = int(re.search(r'--nproc_per_node=(\d+)', launch)[1]) * (2 if '--nnodes=2' in launch else 1)
+        settings = settings_of(config)
+        batch_size = int((re.search(r'--batch_size=(\d+)', more) or [0, settings['batch_size']])[1])
+        assert settings['total_batch_size'] % (processes * batch_size * settings['block_size']) == 0
+
+
 def test_what_the_forward_pass_keeps_is_counted():
     # one block in bfloat16: residual stream and norms in float32, the rest in 2 bytes; a widely used estimate for
     # attention that is never whole in memory is 34 bytes a token and channel (Korthikanti et al. 2022)
