@@ -1,7 +1,6 @@
 """Checkpoints: save, verify, load, prune. They hold tensors, numbers, strings, lists and dicts, and nothing else, so
 that loading one never runs code. Writing is atomic: a crash at any instant leaves the old file or the new one."""
 
-import errno
 import os
 import re
 import shutil
@@ -12,7 +11,9 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
+from dataset import dataset_tokenizer, find_dataset
 from device import DTYPES
+from files import beside, write_atomically
 from huggingface import GPT2_NAMES, is_published, load_published
 from model import GPT, GPTConfig
 from quantize import to_int8
@@ -21,38 +22,12 @@ from tokenizer import from_state
 LATEST, BEST, FINAL = 'checkpoint.pt', 'best_checkpoint.pt', 'final_checkpoint.pt'
 
 
-def write_atomically(path, write):
-    """Call `write(f)` on a temporary binary file beside `path`; once it is safely on disk, rename it to `path`."""
-    path = Path(path)
-    tmp = path.with_name(path.name + '.tmp')
-    try:
-        with open(tmp, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        if os.name == 'posix':                      # the rename itself must survive a power cut, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except OSError as e:
-        tmp.unlink(missing_ok=True)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise UserError(f'cannot write {path}: {e.strerror}; what was there before is untouched') from None
-        raise
-    except RuntimeError as e:                       # torch.save reports a full disk as one of these
-        tmp.unlink(missing_ok=True)
-        if shutil.disk_usage(path.parent).free < 1 << 20:
-            raise UserError(f'cannot write {path}: the disk is full; what was there before is untouched') from None
-        raise e
-
-
 def save_checkpoint(out_dir, checkpoint, names):
     """Write `checkpoint` once and give it all of `names` in `out_dir` (hard links, or copies where there are none)."""
     first, *others = [Path(out_dir, name) for name in names]
     write_atomically(first, lambda f: torch.save(checkpoint, f))
     for other in others:
-        tmp = other.with_name(other.name + '.tmp')
+        tmp = beside(other, '.tmp')
         tmp.unlink(missing_ok=True)
         try:
             os.link(first, tmp)
@@ -177,5 +152,4 @@ def tokenizer_of(checkpoint, path='checkpoint'):
         tokenizer.eot = tokenizer.eot if checkpoint.get('eot') is None else checkpoint['eot']
         tokenizer.bos = next((i for i in tokenizer.start if i != tokenizer.eot), None)
         return tokenizer
-    from dataset import dataset_tokenizer, find_dataset
     return dataset_tokenizer(find_dataset(checkpoint.get('config', {}).get('dataset', 'openwebtext'), missing_ok=True))

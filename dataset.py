@@ -7,7 +7,6 @@ are read as they are. NAME.mask.bin beside NAME.bin, one byte a token, says whic
 Batches are a pure function of (dataset, seed, step, layout of processes). There is no state to save or to lose.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -16,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import write_atomically
 from configurator import UserError
+from files import sha256_of, write_text_atomically
 from tokenizer import from_state, gpt2_tokenizer, load_tokenizer, save_tokenizer
 
 HEADER = 256                                        # int32
@@ -87,14 +86,6 @@ def _mask_path(path):
     return path.with_name(path.name.replace('.npy', '.bin').replace('.bin', '.mask.bin'))
 
 
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def start_dataset(folder):
     """Make `folder` if need be, and clear away what a preparation that was cut short left there.
 
@@ -142,7 +133,7 @@ def install_dataset(folder, tokenizer, shards, source, split, template=''):
     save_tokenizer(tokenizer, folder)
     for path in folder.glob('*.bin.tmp'):
         path.replace(path.with_name(path.name.removesuffix('.tmp')))
-    write_atomically(folder / 'meta.json', lambda f: f.write(text.encode('utf-8')))
+    write_text_atomically(folder / 'meta.json', text)
 
 
 def meta_text(tokenizer, shards, source, split, template=''):

@@ -9,14 +9,13 @@ one address only), HF_HUB_OFFLINE=1 or HF_DATASETS_OFFLINE=1 forbids the network
 is If-Range, 14 is ranges, 10.2.3 is Retry-After.
 """
 import errno
-import hashlib
 import json
 import os
 import random
 import re
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -27,12 +26,8 @@ import requests
 import urllib3
 
 from configurator import UserError
+from files import beside, locked, sha256_of
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
 try:
     from tqdm import tqdm
 except ImportError:  # a plain line instead of a bar
@@ -45,7 +40,6 @@ RETRY_AFTER_MAX = 300         # seconds a server may make us wait at a time
 RETRY_STATUS = {429, 500, 502, 503, 504}
 MAX_REDIRECTS = 10
 CHUNK = 1 << 16               # bytes; what a cut connection can lose
-LOCK_POLL = 0.2               # seconds between two looks at a lock that another process holds
 BAR_DELAY = 2                 # seconds; anything shorter needs no progress bar
 
 
@@ -261,7 +255,7 @@ def download(url, path, *, sha256=None, size=None, progress=True):
             raise DownloadError(f'{path} {state}, and {offline()} forbids the network.\n'
                                 f'Fetch {plain(url)} to that path, or unset the variable.')
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path, progress):
+        with locked(path, 'fetching'):
             if path.is_file() and not mismatch(path, size, sha256):  # by now another process has fetched it
                 return path
             part = beside(path, '.part')
@@ -385,59 +379,8 @@ def mismatch(path, size, sha256):
         return f'{actual:,} bytes instead of {size:,}'
     if sha256 is None:
         return None
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return None if digest.hexdigest() == sha256 else f'SHA-256 {digest.hexdigest()} instead of {sha256}'
-
-
-def beside(path, suffix):
-    return path.with_name(path.name + suffix)
-
-
-# -----------------------------------------------------------------------------
-# sharing and showing
-
-@contextmanager
-def locked(path, progress):
-    """Hold PATH.lock. It is a lock of the operating system, so that it dies with its process and is never stale."""
-    lock, silent = beside(path, '.lock'), not progress
-    while (fd := try_lock(lock)) is None:
-        if not silent:
-            print(f'{path.name}: waiting for another process that is fetching it', file=sys.stderr, flush=True)
-            silent = True
-        sleep(LOCK_POLL)
-    try:
-        yield
-    finally:
-        if fcntl:
-            lock.unlink(missing_ok=True)  # before letting go: afterwards it may be another's
-        os.close(fd)
-        if not fcntl:
-            with suppress(OSError):  # Windows removes no file that is open anywhere, so afterwards is safe there
-                lock.unlink()
-
-
-def try_lock(lock):
-    """An open file descriptor that holds the lock, or None while another process does."""
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if fcntl:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        if os.path.samestat(os.fstat(fd), os.stat(lock)):  # a file that its last holder has removed locks nobody out
-            return fd
-    except (BlockingIOError, PermissionError, FileNotFoundError):
-        pass
-    except OSError as error:
-        # some cluster file systems have no locks: a download that cannot be shared is better than none
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            return fd
-        raise
-    os.close(fd)
-    return None
+    actual = sha256_of(path)
+    return None if actual == sha256 else f'SHA-256 {actual} instead of {sha256}'
 
 
 @contextmanager

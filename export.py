@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import build_model, pick_checkpoint, tokenizer_of, write_atomically
+from checkpoint import build_model, pick_checkpoint, tokenizer_of
 from configurator import UserError, configure
 from download import offline
+from files import write_atomically
 from huggingface import save_folder
 from quantize import to_int8
 

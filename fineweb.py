@@ -35,13 +35,13 @@ import tiktoken
 from tqdm import tqdm
 
 from configurator import UserError, configure
-from download import hub_download, hub_files, locked
+from download import hub_download, hub_files
+from files import locked, sha256_of, write_text_atomically
 from tokenizer import gpt2_tokenizer
 
 if __name__ != '__mp_main__':   # a worker process does without these, and so without the size of PyTorch
-    from checkpoint import write_atomically
     from corpus import find_inputs, read_file
-    from dataset import FINEWEB_RECORD, HEADER, ShardWriter, meta_text, open_shard, sha256_of
+    from dataset import FINEWEB_RECORD, HEADER, ShardWriter, meta_text, open_shard
 
 # -----------------------------------------------------------------------------
 # what
@@ -361,7 +361,7 @@ def finish(folder, tag, settings):
     how = 'the first shard is for validation' + ('' if pretokenized else ', but no more than a tenth of the tokens')
     text = meta_text(gpt2_tokenizer(), shards, settings['source'], how)
     # by way of a name of its own, since two parts may come here at once; they write the same
-    write_atomically(folder / f'meta{tag}.json', lambda f: f.write(text.encode('utf-8')))
+    write_text_atomically(folder / f'meta{tag}.json', text)
     os.replace(folder / f'meta{tag}.json', folder / 'meta.json')
     print(f'wrote {folder}; train on it with --dataset={folder.name if folder.parent == Path("data") else folder}')
 
@@ -413,13 +413,13 @@ def main():
 
         # 2) do it, or what is left of it
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f'progress{tag}.json', progress=True):
+        with locked(folder / f'progress{tag}.json'):
             record = read_record(folder, tag, settings) or {
                 'settings': settings, 'shards': {'val': [], 'train': []}, 'place': [0, 0, 0], 'done': False}
 
             def save():
                 text = json.dumps(record, ensure_ascii=False, indent=1)
-                write_atomically(folder / f'progress{tag}.json', lambda f: f.write(text.encode('utf-8')))
+                write_text_atomically(folder / f'progress{tag}.json', text)
 
             if not record['done']:
                 save()

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from checkpoint import write_atomically
+from files import write_text_atomically
 
 
 class MetricsLog:
@@ -14,7 +14,7 @@ class MetricsLog:
         self.file, self.writer = Path(out_dir, 'metrics.jsonl'), None
         lines = self.file.read_text(encoding='utf-8').splitlines() if first_step and self.file.exists() else []
         lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first_step]
-        write_atomically(self.file, lambda f: f.writelines(f'{line}\n'.encode() for line in lines))
+        write_text_atomically(self.file, ''.join(f'{line}\n' for line in lines))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(Path(out_dir, 'tb'), purge_step=first_step)

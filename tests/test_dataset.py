@@ -19,9 +19,9 @@ from dataset import (
     install_dataset,
     open_shard,
     read_meta,
-    sha256_of,
     shuffled,
 )
+from files import sha256_of
 from tokenizer import save_tokenizer, train_char
 
 ROW = np.arange(3000) * 7 % 3000            # all different, so that a window can be told by its first token

@@ -19,6 +19,7 @@ import requests
 from hub import Hub
 
 import download as module
+import files
 from download import DownloadError, download, hub_download, hub_endpoint, hub_files, hub_url, request
 
 BODY = random.Random(1).randbytes(400_000)
@@ -118,7 +119,7 @@ def quiet_world(monkeypatch):
                  'ALL_PROXY', 'all_proxy', 'NETRC'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, 'BACKOFF', 0.001)
-    monkeypatch.setattr(module, 'LOCK_POLL', 0.01)
+    monkeypatch.setattr(files, 'LOCK_POLL', 0.01)
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= before
@@ -821,37 +822,6 @@ def test_the_second_tries_itself_when_the_first_fails(site, tmp_path):
         thread.join()
     assert results.count(BODY) == 5 and results.count(None) == 1
     assert site.sent == len(BODY) + len(b'no') and only(tmp_path) == ['f']
-
-
-def test_a_lock_file_that_was_left_behind_locks_nobody_out(site, tmp_path):
-    (tmp_path / 'f.lock').write_bytes(b'')
-    assert download(site.url, tmp_path / 'f').read_bytes() == BODY
-    assert only(tmp_path) == ['f']
-
-
-@pytest.mark.skipif(module.fcntl is None, reason='about flock')
-def test_a_lock_that_its_holder_removes_is_not_taken_for_held(tmp_path, monkeypatch):
-    lock, flock = tmp_path / 'f.lock', module.fcntl.flock
-
-    def late(fd, how):  # between our opening the file and our locking it, its holder removes it and goes
-        lock.unlink()
-        flock(fd, how)
-
-    monkeypatch.setattr(module.fcntl, 'flock', late)
-    assert module.try_lock(lock) is None
-    monkeypatch.undo()
-    fd = module.try_lock(lock)
-    assert fd is not None and module.try_lock(lock) is None
-    os.close(fd)
-
-
-@pytest.mark.skipif(module.fcntl is None, reason='about flock')
-def test_a_file_system_without_locks_is_good_enough(site, tmp_path, monkeypatch):
-    def refuse(fd, how):
-        raise OSError(module.errno.ENOSYS, 'Function not implemented')
-
-    monkeypatch.setattr(module.fcntl, 'flock', refuse)
-    assert download(site.url, tmp_path / 'f').read_bytes() == BODY
 
 # -----------------------------------------------------------------------------
 # showing

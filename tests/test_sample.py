@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import build_model, load_checkpoint, pick_checkpoint, save_checkpoint, tokenizer_of, write_atomically
+from checkpoint import build_model, load_checkpoint, pick_checkpoint, save_checkpoint, tokenizer_of
 from configurator import UserError
 from model import GPT, GPTConfig
 from sample import STYLES, generate_texts
@@ -182,18 +182,6 @@ def test_what_is_not_a_whole_checkpoint_of_plain_data_is_refused(tmp_path, place
     with pytest.raises(UserError, match='bad.pt'):
         load_checkpoint(path)
     assert not Path('sprung').exists()
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / 'file'
-    path.write_bytes(b'old')
-
-    def fails(f):
-        f.write(b'new')
-        raise OSError(28, 'No space left on device')
-    with pytest.raises(UserError, match='No space left'):
-        write_atomically(path, fails)
-    assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_tokenizer_that_does_not_match_its_fingerprint_is_refused(bpe):

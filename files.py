@@ -1,0 +1,112 @@
+"""Files that are whole or not there: writing them safely, hashing them, and locks that die with their process."""
+
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from configurator import UserError
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+    import msvcrt
+
+LOCK_POLL = 0.2             # seconds between two looks at a lock that another process holds
+
+
+def write_atomically(path, write):
+    """Call `write(f)` on a temporary binary file beside `path`; once it is safely on disk, rename it to `path`.
+
+    Raises UserError where there is no room or no right to write; what was at `path` before is then untouched.
+    """
+    path = Path(path)
+    tmp = beside(path, '.tmp')
+    try:
+        with open(tmp, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        if os.name == 'posix':                      # the rename itself must survive a power cut, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise UserError(f'cannot write {path}: {e.strerror}; what was there before is untouched') from None
+        raise
+    except RuntimeError as e:                       # torch.save reports a full disk as one of these
+        tmp.unlink(missing_ok=True)
+        if shutil.disk_usage(path.parent).free < 1 << 20:
+            raise UserError(f'cannot write {path}: the disk is full; what was there before is untouched') from None
+        raise e
+
+
+def write_text_atomically(path, text):
+    """write_atomically() for a text, in UTF-8, with its line ends as they are."""
+    write_atomically(path, lambda f: f.write(text.encode('utf-8')))
+
+
+def sha256_of(path):
+    """The SHA-256 of a file's content, in hex."""
+    with open(path, 'rb') as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def beside(path, suffix):
+    """The path of a file in the same folder, with `suffix` behind its name."""
+    return Path(path).with_name(Path(path).name + suffix)
+
+
+@contextmanager
+def locked(path, doing='working on'):
+    """Hold PATH.lock, and wait, after a word on standard error, while another process does.
+
+    It is a lock of the operating system, so that it dies with its process and is never stale.
+    """
+    lock, said = beside(path, '.lock'), False
+    while (fd := try_lock(lock)) is None:
+        if not said:
+            print(f'{Path(path).name}: waiting for another process that is {doing} it', file=sys.stderr, flush=True)
+            said = True
+        time.sleep(LOCK_POLL)
+    try:
+        yield
+    finally:
+        if fcntl:
+            lock.unlink(missing_ok=True)            # before letting go: afterwards it may be another's
+        os.close(fd)
+        if not fcntl:
+            with suppress(OSError):     # Windows removes no file that is open anywhere, so afterwards is safe there
+                lock.unlink()
+
+
+def try_lock(lock):
+    """An open file descriptor that holds the lock, or None while another process does."""
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        if os.path.samestat(os.fstat(fd), os.stat(lock)):   # a file that its last holder has removed locks nobody out
+            return fd
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        pass
+    except OSError as error:
+        # some cluster file systems have no locks: work that cannot be shared is better than none
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            return fd
+        raise
+    os.close(fd)
+    return None

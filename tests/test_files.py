@@ -1,0 +1,89 @@
+"""files.py: what is written is whole or not there, and a lock lets one process in at a time."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import files
+from configurator import UserError
+from files import locked, sha256_of, try_lock, write_atomically
+
+needs_flock = pytest.mark.skipif(files.fcntl is None, reason='about flock')
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'file'
+    path.write_bytes(b'old')
+
+    def fails(f):
+        f.write(b'new')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    with pytest.raises(UserError, match='No space left'):
+        write_atomically(path, fails)
+    assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
+
+
+def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ('fsync', 'replace'):
+        do = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, do=do, name=name: (calls.append(name), do(*a)))
+    write_atomically(tmp_path / 'file', lambda f: f.write(b'new'))
+    assert calls[:2] == ['fsync', 'replace']
+
+
+def test_the_hash_is_that_of_the_whole_file(tmp_path):
+    (tmp_path / 'file').write_bytes(b'abc' * 1_000_000)     # more than one piece
+    theirs = subprocess.run([sys.executable, '-c', 'import hashlib; print(hashlib.sha256(b"abc" * 1_000_000)'
+                             '.hexdigest())'], capture_output=True, text=True).stdout.strip()
+    assert sha256_of(tmp_path / 'file') == theirs
+
+
+def test_one_process_at_a_time_holds_a_lock_and_a_killed_one_lets_go(tmp_path, capsys):
+    hold = 'import sys, time; from files import locked\nwith locked(sys.argv[1]): print("held", flush=True); input()'
+    other = subprocess.Popen([sys.executable, '-c', hold, tmp_path / 'f'], cwd=Path(files.__file__).parent, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == 'held\n'
+    assert try_lock(tmp_path / 'f.lock') is None
+    other.kill()
+    other.wait()
+    with locked(tmp_path / 'f'):
+        pass
+    assert capsys.readouterr().err == '' and list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_was_left_behind_locks_nobody_out(tmp_path):
+    (tmp_path / 'f.lock').write_bytes(b'')
+    with locked(tmp_path / 'f'):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_flock
+def test_a_lock_that_its_holder_removes_is_not_taken_for_held(tmp_path, monkeypatch):
+    lock, flock = tmp_path / 'f.lock', files.fcntl.flock
+
+    def late(fd, how):  # between our opening the file and our locking it, its holder removes it and goes
+        lock.unlink()
+        flock(fd, how)
+
+    monkeypatch.setattr(files.fcntl, 'flock', late)
+    assert try_lock(lock) is None
+    monkeypatch.undo()
+    fd = try_lock(lock)
+    assert fd is not None and try_lock(lock) is None
+    os.close(fd)
+
+
+@needs_flock
+def test_a_file_system_without_locks_is_good_enough(tmp_path, monkeypatch):
+    def refuse(fd, how):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr(files.fcntl, 'flock', refuse)
+    with locked(tmp_path / 'f'):
+        pass

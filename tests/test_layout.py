@@ -1,0 +1,47 @@
+"""How the scripts fit together: imports run one way, and the README's map shows every file."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {path.stem: path for path in ROOT.glob('*.py')}
+
+
+def imports(path):
+    """The files of this project that a file imports, inside functions, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & FILES.keys()
+
+
+def circle(graph):
+    """The names of a circle in {name: names it leads to}, or []."""
+    def walk(name, path):
+        if name in path:
+            return path[path.index(name):]
+        return next((found for other in sorted(graph[name]) if (found := walk(other, [*path, name]))), [])
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
+
+
+def test_imports_make_no_circle():
+    assert circle({'a': {'b'}, 'b': {'c'}, 'c': {'b'}}) == ['b', 'c'] and circle({'a': {'b'}, 'b': set()}) == []
+    assert circle({name: imports(path) for name, path in FILES.items()}) == []
+
+
+def test_no_module_imports_a_script_but_train_and_the_chinese_evaluation():
+    scripts = {name for name, path in FILES.items()
+               if name == 'train' or re.search('^if __name__ == ', path.read_text(encoding='utf-8'), re.M)}
+    importing = {name: imports(path) & scripts for name, path in FILES.items()}
+    assert {name: found for name, found in importing.items() if found} == {
+        'train': {'hellaswag', 'eval_zh', 'sample'}, 'eval_zh': {'sample'}}
+
+
+def test_the_top_level_is_one_screen_of_files_and_the_readmes_map_has_them_all():
+    assert len(FILES) <= 24
+    rows = re.findall(r'^\| (`[^|]*) \|', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M)
+    assert FILES.keys() <= set(re.findall(r'`(\w+)\.py`', ' '.join(rows)))
