@@ -1,25 +1,31 @@
-"""Checkpoints: save, verify, load, prune. They hold tensors, numbers, strings, lists and dicts, and nothing else, so
-that loading one never runs code. Writing is atomic: a crash at any instant leaves the old file or the new one."""
+"""Checkpoints: save, verify, load, prune; where a run starts from. They hold tensors, numbers, strings, lists and
+dicts, and nothing else, so that loading one never runs code. Writing is atomic: a crash leaves the old file or the new
+one."""
 
+import math
 import os
 import re
 import shutil
 import sys
 import zipfile
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 from configurator import UserError
 from dataset import dataset_tokenizer, find_dataset
-from device import DTYPES
+from device import DTYPES, from_everyone, load_optimizer
 from files import beside, write_atomically
-from huggingface import GPT2_NAMES, is_published, load_published
+from huggingface import GPT2_NAMES, is_published, load_published, same_model
 from model import GPT, GPTConfig
 from quantize import to_int8
 from tokenizer import from_state
 
 LATEST, BEST, FINAL = 'checkpoint.pt', 'best_checkpoint.pt', 'final_checkpoint.pt'
+
+# -----------------------------------------------------------------------------
+# on disk
 
 
 def save_checkpoint(out_dir, checkpoint, names):
@@ -86,6 +92,10 @@ def load_newest(out_dir):
     raise UserError(f'there is no usable checkpoint in {out_dir}; train first, or name another with --init_from')
 
 
+# -----------------------------------------------------------------------------
+# for sampling and evaluating
+
+
 def pick_checkpoint(init_from, out_dir):
     """(path, checkpoint) for sampling or evaluating. `init_from` is a file, a folder, a published model, or 'auto':
     `out_dir`, and if nothing is there, the newest run in a folder of it. A folder's best checkpoint counts, or else its
@@ -104,6 +114,9 @@ def pick_checkpoint(init_from, out_dir):
         runs = [files[0] for d in folder.glob('*/') if (files := find_checkpoints(d))]
         if init_from == 'auto' and runs:
             folder = max(runs, key=lambda p: p.stat().st_mtime_ns).parent
+            if len(runs) > 1:
+                print(f'{folder} is the newest of {len(runs)} runs in {out_dir}; --init_from={folder} or another names '
+                      'one', file=sys.stderr)
     if (folder / BEST).is_file():
         try:
             return folder / BEST, load_checkpoint(folder / BEST)
@@ -153,3 +166,113 @@ def tokenizer_of(checkpoint, path='checkpoint'):
         tokenizer.bos = next((i for i in tokenizer.start if i != tokenizer.eot), None)
         return tokenizer
     return dataset_tokenizer(find_dataset(checkpoint.get('config', {}).get('dataset', 'openwebtext'), missing_ok=True))
+
+
+# -----------------------------------------------------------------------------
+# for training: where a run starts from
+
+OURS = ('auto', 'scratch', 'resume')        # init_from where nobody else's weights are what training starts from
+NEW_START = 'repeat the settings it was made with, choose another --out_dir, or start over: --init_from=scratch'
+
+
+@dataclass
+class Start:
+    """Where a run starts: its model, on the CPU, and what an earlier part of the run has left."""
+    model: GPT
+    init_from: str                          # what the run began with; a later resume needs to know
+    said: str = ''                          # about all this, for the log
+    path: Path | str = ''                   # the checkpoint it comes from
+    step: int = 0
+    best_val_loss: float = math.inf
+    elapsed_s: float = 0.0
+    finished: bool = False                  # there is nothing left to do
+    states: tuple | None = None             # of optimizers and scaler, until restore() hands them over
+
+    def restore(self, optimizers, scaler):
+        """Give optimizers and scaler the states that they had, if they had any, and let go of the memory."""
+        if self.states is None:
+            return
+        states, scaler_state = self.states
+        if len(states) != len(optimizers):
+            raise UserError(f'{self.path} was trained with another optimizer;\n{NEW_START}')
+        for optimizer, state in zip(optimizers, states, strict=True):
+            load_optimizer(optimizer, state)
+        scaler.load_state_dict(scaler_state or scaler.state_dict())
+        self.states = None
+
+
+def start_from(config, tokenizer):
+    """The Start of a run with the settings `config` of train.py, on data in the tokens of `tokenizer`: a new model, or
+    what a run in out_dir left, or somebody's weights. Raises UserError for settings that do not go together."""
+    init_from, out_dir = config['init_from'], config['out_dir']
+    shape = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
+    shape['vocab_size'] = tokenizer.vocab_size
+    if tokenizer.vocab_size > 4096:         # tensor cores like multiples of 64, and here the padding costs little
+        shape['vocab_size'] = 64 * math.ceil(tokenizer.vocab_size / 64)
+    if config['isolate_documents']:
+        if tokenizer.eot is None:
+            raise UserError('isolate_documents needs an end-of-text token, which the tokenizer of '
+                            f'{config["dataset"]!r} has not')
+        shape['document_token'] = tokenizer.eot
+    try:
+        wanted = GPTConfig(**shape)
+        if init_from == 'resume' or (init_from != 'scratch' and find_checkpoints(out_dir)):
+            start = _resumed(config, wanted, tokenizer)
+        elif init_from in OURS:
+            start = Start(GPT(wanted), init_from)
+        else:
+            start = _with_weights(config, wanted, tokenizer)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    if len(set(from_everyone(start.step))) > 1:
+        raise UserError(f'the processes would not start at the same step: out_dir={out_dir!r} must be one folder for '
+                        'all\nmachines, or hold the same checkpoints on each')
+    return start
+
+
+def _resumed(config, wanted, tokenizer):
+    """The Start from the newest checkpoint in out_dir, as it was left, or a UserError that says what does not fit."""
+    path, checkpoint = load_newest(config['out_dir'])
+    before, init_from = checkpoint.get('config', {}), config['init_from']
+    began = before.get('init_from', 'auto')
+    if init_from not in OURS and not same_model(init_from, began):
+        raise UserError(f'{config["out_dir"]} holds a run that began with init_from={began!r}, not {init_from!r};\n'
+                        'choose another --out_dir, or delete that folder to begin again')
+    for name, value in GPTConfig(**checkpoint['model_args']).__dict__.items():
+        fixed = name != 'dropout' if began in OURS else name == 'block_size'
+        if fixed and value != getattr(wanted, name):
+            raise UserError(f'{path} has {name}={value}, these settings have {name}={getattr(wanted, name)};\n'
+                            + NEW_START)
+    _same_tokenizer(checkpoint, path, tokenizer, config, NEW_START)
+    step, max_steps = checkpoint['iter_num'], config['max_steps']
+    if step > max_steps:
+        raise UserError(f'{path} is already at step {step}; raise --max_steps, now {max_steps}, to train on')
+    changed = [f'{name} {before[name]} -> {value}' for name, value in config.items()
+               if name != 'init_from' and before.get(name, value) != value]
+    states = checkpoint['optimizer']
+    return Start(build_model(checkpoint, path, dropout=config['dropout']), began, path=path, step=step,
+                 said=f'resuming from {path} at step {step}' + (f', with {", ".join(changed)}' if changed else ''),
+                 best_val_loss=float(checkpoint['best_val_loss']), elapsed_s=checkpoint.get('elapsed_s', 0.0),
+                 finished=step == max_steps and Path(config['out_dir'], FINAL).is_file(),
+                 states=(states if isinstance(states, list) else [states], checkpoint.get('scaler')))
+
+
+def _with_weights(config, wanted, tokenizer):
+    """The Start from somebody's weights, to be trained further, from step 0: their shape, our dropout and context."""
+    path, checkpoint = pick_checkpoint(config['init_from'], config['init_from'])
+    if checkpoint.get('quantized'):
+        raise UserError(f'{path} holds {checkpoint["quantized"]} weights, which cannot be trained; start from its '
+                        'original')
+    _same_tokenizer(checkpoint, path, tokenizer, config,
+                    'prepare the data with its own: prepare_data.py --tokenizer=FOLDER/tokenizer.json')
+    isolated = {'document_token': wanted.document_token} if config['isolate_documents'] else {}
+    model = build_model(checkpoint, path, dropout=config['dropout'], **isolated)
+    if config['block_size'] != model.config.block_size:
+        model.crop_block_size(config['block_size'])
+    return Start(model, config['init_from'], f'starting from the weights of {path}', path)
+
+
+def _same_tokenizer(checkpoint, path, tokenizer, config, advice):
+    if tokenizer_of(checkpoint, path).fingerprint != tokenizer.fingerprint:
+        raise UserError(f'{path} was trained with another tokenizer than that of dataset {config["dataset"]!r};\n'
+                        + advice)

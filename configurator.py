@@ -23,12 +23,15 @@ class UserError(Exception):
     """Something the user can put right. The message says what is wrong and what to do, in one or two lines."""
 
 
-def configure(namespace, argv=None):
+def configure(namespace, argv=None, *, presets=None, negative=True, at_least=None, at_most=None, one_of=None):
     """Change the settings in `namespace` as config files and the command line say; return all of them as a dict.
 
     namespace: the calling script's globals(). argv: the arguments, `sys.argv[1:]` unless given. A script that is
     imported by another one, and so is not the one that the arguments are for, keeps its defaults.
-    Raises UserError for an unknown key, a wrong type or a config file that fails; exits 0 after `--help`.
+    presets: {name: settings}; `preset=name` stands for these, and what is set after it, or in the same file, wins.
+    negative=False: no number may become negative whose default is not. at_least, at_most, one_of: {setting: bound} and
+    {setting: choices}.
+    Raises UserError for an unknown key, a wrong type or value, or a config file that fails; exits 0 after `--help`.
     """
     if namespace.get('__name__') == '__main__':
         _end_errors_kindly()
@@ -36,7 +39,14 @@ def configure(namespace, argv=None):
     source = Path(path).read_text(encoding='utf-8')
     comments, sections = _read_comments(source)
     settings = {name: namespace[name] for name in comments}
-    kinds = {name: type(value) for name, value in settings.items()}    # the defaults fix the types
+    defaults = dict(settings)                              # they fix the types, too
+
+    def change(values, where, from_text=False):
+        values = {name: _checked(name, value, type(defaults[name]), where, from_text) for name, value in values.items()}
+        chosen = values.get('preset') if presets else None
+        if chosen and chosen not in presets:
+            raise UserError(f'there is no preset {chosen!r}; choose one of {", ".join(presets)}')
+        settings.update({**(presets[chosen] if chosen else {}), **values})
 
     mine = sys.argv[1:] if namespace.get('__name__') == '__main__' else []
     args = list(mine if argv is None else argv)
@@ -46,38 +56,67 @@ def configure(namespace, argv=None):
             print(_help(path, ast.get_docstring(ast.parse(source)), settings, comments, sections))
             raise SystemExit(0)
         if not arg.startswith('--'):
-            for name, value in _run_config_file(arg, settings).items():
-                settings[name] = _checked(name, value, kinds, f'in {arg}')
+            change(_run_config_file(arg, settings), f'in {arg}')
             continue
         name, equals, text = arg[2:].partition('=')    # only the first `=` divides; a value may hold more of them
         _must_exist(name, settings, 'on the command line')
         if not equals:
-            is_value = bool(args) and (args[0].lower() in _BOOLS if kinds[name] is bool else args[0][:2] != '--')
+            kind = type(defaults[name])
+            is_value = bool(args) and (args[0].lower() in _BOOLS if kind is bool else args[0][:2] != '--')
             if is_value:
                 text = args.pop(0)
-            elif kinds[name] is bool:
+            elif kind is bool:
                 text = 'True'
             else:
                 raise UserError(f'--{name} needs a value: --{name}={settings[name]}')
-        settings[name] = _checked(name, text, kinds, 'on the command line', from_text=True)
+        change({name: text}, 'on the command line', from_text=True)
 
+    least = {name: 0 for name, value in defaults.items() if not negative and type(value) in (int, float) and value >= 0}
+    for name, bound in {**least, **(at_least or {})}.items():
+        if not settings[name] >= bound:
+            raise UserError(f'{name} must be at least {bound}, not {settings[name]}')
+    for name, bound in (at_most or {}).items():
+        if settings[name] > bound:
+            raise UserError(f'{name} must be at most {bound:,}, not {settings[name]}')
+    for name, choices in (one_of or {}).items():
+        if settings[name] not in choices:
+            raise UserError(f'{name} {settings[name]!r} is not one of {", ".join(map(str, choices))}')
     namespace.update(settings)
     return settings
 
 
 _BOOLS = {'true': True, '1': True, 'false': False, '0': False}
 
+# what nanoGPT, transformers and others call our settings
+_CALLED_ELSEWHERE = {
+    'learning_rate': 'lr max_lr peak_lr', 'min_lr': 'decay_lr lr_min end_lr', 'weight_decay': 'wd',
+    'max_steps': 'max_iters lr_decay_iters num_train_epochs epochs num_steps steps eval_only',
+    'warmup_steps': 'warmup_iters warmup_ratio', 'grad_clip': 'max_grad_norm clip', 'optimizer': 'optim',
+    'total_batch_size': 'gradient_accumulation_steps grad_accum_steps grad_accum accumulate_grad_batches',
+    'batch_size': 'per_device_train_batch_size device_batch_size micro_batch_size bs',
+    'block_size': 'context_length seq_len seq_length max_seq_len sequence_length max_position_embeddings n_ctx',
+    'n_embd': 'hidden_size d_model dim embed_dim n_embed', 'n_layer': 'num_hidden_layers num_layers n_layers depth',
+    'n_head': 'num_attention_heads num_heads n_heads', 'n_kv_head': 'num_key_value_heads n_kv_heads',
+    'n_inner': 'intermediate_size ffn_dim d_ff', 'mlp': 'activation hidden_act', 'dtype': 'bf16 fp16 amp precision',
+    'eval_interval': 'eval_steps', 'log_interval': 'logging_steps', 'eval_iters': 'eval_batches',
+    'checkpoint_interval': 'save_steps always_save_checkpoint', 'out_dir': 'output_dir', 'dataset': 'data_dir',
+    'init_from': 'resume resume_from_checkpoint model model_name_or_path model_path checkpoint ckpt ckpt_path',
+    'tensorboard': 'wandb wandb_log wandb_project wandb_run_name report_to', 'beta1': 'adam_beta1',
+    'beta2': 'adam_beta2', 'prompt': 'start text', 'max_new_tokens': 'max_tokens max_length length num_tokens',
+    'temperature': 'temp', 'num_samples': 'num_return_sequences', 'output_file': 'output', 'input': 'input_file',
+}
+
 
 def _must_exist(name, settings, where):
     if name not in settings:
-        near = difflib.get_close_matches(name.replace('-', '_'), settings, n=1, cutoff=0.5)
+        near = [ours for ours, theirs in _CALLED_ELSEWHERE.items() if name in theirs.split() and ours in settings]
+        near = near or difflib.get_close_matches(name.replace('-', '_'), settings, n=1, cutoff=0.5)
         hint = f'did you mean {near[0]}?' if near else '--help lists all of them'
         raise UserError(f'unknown setting {name!r} {where}; {hint}')
 
 
-def _checked(name, value, kinds, where, from_text=False):
-    """`value` as the setting's type, or UserError. Text is read as the type; a config file's value must be of it."""
-    kind = kinds[name]
+def _checked(name, value, kind, where, from_text=False):
+    """`value` as the type `kind`, or UserError. Text is read as the type; a config file's value must be of it."""
     try:
         if kind is str:
             return value if isinstance(value, str) else str(value)
@@ -107,32 +146,42 @@ def _whole(number):
 
 
 def _run_config_file(path, settings):
-    """Execute a config file the user wrote and return the settings it assigned; it may use those set so far."""
+    """Execute a config file the user wrote and return the settings it assigned; it may use those set so far.
+
+    `include('other.py')` in it runs another file of its folder, as if that one's lines stood there.
+    """
     if not Path(path).is_file():
         known = [p.as_posix() for p in Path('config').glob('*.py')]
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
         hint = f'did you mean {near[0]}?' if near else 'settings are given as --key=value'
         raise UserError(f'no config file {path!r}; {hint}')
-    scope = dict(settings, __file__=path, __name__='__config__')
+    running, assigned = [], set()
+
+    def run(path):
+        running.append(path)
+        tree = ast.parse(Path(path).read_text(encoding='utf-8'), path)
+        assigned.update(node.id for node in ast.walk(tree)
+                        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+        exec(builtins.compile(tree, path, 'exec'), scope)
+
+    def include(name):
+        run(str(Path(path).with_name(name)))
+
+    scope = dict(settings, __file__=path, __name__='__config__', include=include)
     try:
-        exec(builtins.compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), scope)
+        run(path)
     except Exception as e:
-        line = e.lineno if isinstance(e, SyntaxError) else _last_line(e, path)
-        raise UserError(f'{path}, line {line}: {type(e).__name__}: {getattr(e, "msg", None) or e}') from None
+        at = [(f.filename, f.lineno) for f in traceback.extract_tb(e.__traceback__) if f.filename in running]
+        where, line = (running[-1], e.lineno) if isinstance(e, SyntaxError) else at[-1] if at else (path, 1)
+        raise UserError(f'{where}, line {line}: {type(e).__name__}: {getattr(e, "msg", None) or e}') from None
     changed = {}
     for name, value in scope.items():
         if name.startswith('_') or name not in settings and (callable(value) or type(value).__name__ == 'module'):
             continue                                   # helpers and imports of the file's own are not settings
         _must_exist(name, settings, f'in {path}')
-        if value is not settings[name]:
+        if name in assigned or value is not settings[name]:
             changed[name] = value
     return changed
-
-
-def _last_line(error, path):
-    """The last line of the file `path` that was running when `error` was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return [frame.lineno for frame in frames if frame.filename == path][-1]
 
 
 def _read_comments(source):

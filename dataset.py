@@ -396,6 +396,18 @@ class TokenDataset:
             yield self._windows(chosen, np.zeros_like(chosen))
 
 
+def divide_batch(total_batch_size, batch_size, block_size, world_size):
+    """(tokens in an optimizer step, micro-steps that they take), if world_size processes work in micro-batches of
+    batch_size * block_size tokens; total_batch_size 0 means one of these each. Raises UserError if it is no multiple.
+    """
+    tokens = batch_size * block_size * world_size
+    total = total_batch_size or tokens
+    if total % tokens:
+        raise UserError(f'total_batch_size {total:,} is not a multiple of batch_size * block_size * processes = '
+                        f'{tokens:,};\nfor instance --total_batch_size={max(1, round(total / tokens)) * tokens}')
+    return total, total // tokens
+
+
 # -----------------------------------------------------------------------------
 # a permutation without a table
 

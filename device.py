@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
 
@@ -60,6 +61,13 @@ def pick_dtype(name='auto', device='cpu'):
     if name == 'float16' and kind == 'cpu':
         raise UserError('float16 training needs a GPU; on a CPU use --dtype=bfloat16 or float32')
     return name
+
+
+def pick_compile(choice, device):
+    """Whether to run the training step through torch.compile. choice: 'auto' (on a GPU), 'true' or 'false'."""
+    if choice.lower() not in ('auto', 'true', 'false'):
+        raise UserError(f'compile should be auto, true or false, not {choice!r}')
+    return torch.device(device).type == 'cuda' if choice == 'auto' else choice.lower() == 'true'
 
 
 def cpu_multiplies_bfloat16():
@@ -128,8 +136,8 @@ def from_everyone(value):
 
 
 def leave_distributed(status=0):
-    """Leave the process group, all together; nothing if there is none. With gloo the process ends here, with `status`:
-    its threads abort now and then if they are taken apart while another process still listens."""
+    """Leave the process group, all together; nothing if there is none; returns `status`. With gloo the process ends
+    here, with that status: its threads abort now and then if they are taken apart while another still listens."""
     if dist.is_initialized():
         dist.barrier()
         if dist.get_backend() == 'gloo':
@@ -137,6 +145,7 @@ def leave_distributed(status=0):
             sys.stderr.flush()
             os._exit(status)
         dist.destroy_process_group()
+    return status
 
 
 def load_optimizer(optimizer, state):
@@ -163,3 +172,18 @@ def all_sum(values, device):
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM, noted: `number` is the one that came, or 0. One more of the same kind ends the process."""
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, say):
+        self.number, self.say = 0, say
+        for number in self.SIGNALS:
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+        self.say('stopping after this step; once more to quit at once')

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from checkpoint import load_for_use
 from configurator import UserError, configure
 from device import from_everyone, init_distributed, leave_distributed, pick_device, pick_dtype
-from download import hub_download
+from download import DownloadError, hub_download
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint, a published model, or a folder; auto = out_dir, or the newest run in it
@@ -43,7 +43,11 @@ Answer = namedtuple('Answer', 'index sums means')                   # which ques
 def load_questions(tokenizer, data='', limit=0):
     """The questions of the file `data` (the official ones, downloaded once, if it is ''), the first `limit` of them
     or all, as a list of Questions in the tokens of `tokenizer`. Raises UserError."""
-    path = data or hub_download(REPO, FILE, FOLDER, repo_type='dataset')
+    try:
+        path = data or hub_download(REPO, FILE, FOLDER, repo_type='dataset')
+    except DownloadError as e:
+        raise UserError(f'HellaSwag: {str(e).splitlines()[0]}\nname a local file with --data (of train.py: '
+                        '--hellaswag_data), or do without') from None
     rows = []
     for place, row in read_rows(path):
         try:

@@ -1,17 +1,30 @@
 """The numbers of a run: out_dir/metrics.jsonl, one object a line, and the same for TensorBoard in out_dir/tb."""
 
 import json
+import os
+import statistics
+import time
+from collections import deque
 from pathlib import Path
 
+from configurator import UserError
 from files import write_text_atomically
 
 
 class MetricsLog:
     """log(step, loss=..., lr=...) appends to both. A run that resumes at `first_step` first drops what it is about to
-    do again, so that each step stands there once."""
+    do again, so that each step stands there once. Makes the folder; active=False, as in all processes but one, logs
+    nothing."""
 
-    def __init__(self, out_dir, first_step=0, tensorboard=True):
-        self.file, self.writer = Path(out_dir, 'metrics.jsonl'), None
+    def __init__(self, out_dir, first_step=0, tensorboard=True, active=True):
+        self.file, self.writer, self.active = Path(out_dir, 'metrics.jsonl'), None, active
+        if not active:
+            return
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'cannot make the folder out_dir={out_dir!r}: {e.strerror}; choose another --out_dir'
+                            ) from None
         lines = self.file.read_text(encoding='utf-8').splitlines() if first_step and self.file.exists() else []
         lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first_step]
         write_text_atomically(self.file, ''.join(f'{line}\n' for line in lines))
@@ -20,6 +33,8 @@ class MetricsLog:
             self.writer = SummaryWriter(Path(out_dir, 'tb'), purge_step=first_step)
 
     def __call__(self, step, **values):
+        if not self.active:
+            return
         with open(self.file, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'step': step, **values}) + '\n')
         if self.writer:
@@ -29,3 +44,22 @@ class MetricsLog:
     def close(self):
         if self.writer:
             self.writer.close()
+
+
+class TimeToFinish:
+    """How long the steps of a run will still take: worth a line after the first ten, and whenever it has changed."""
+
+    def __init__(self):
+        self.recent, self.end = deque(maxlen=20), None      # seconds of the latest steps; when it was said to end
+
+    def __call__(self, seconds, steps_left, now=None):
+        """Minutes to say, or None: after a step that took `seconds`, if there is nothing new to say. What was said
+        is out of date when it is a quarter off, and at least a quarter of a minute."""
+        now = time.time() if now is None else now
+        self.recent.append(seconds)
+        left = statistics.median(self.recent) * steps_left
+        off = abs(now + left - self.end) if self.end else 0
+        if len(self.recent) < 10 or self.end and off <= max(15, left / 4):
+            return None
+        self.end = now + left
+        return left / 60

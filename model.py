@@ -22,6 +22,16 @@ PRESETS = {
     'teaching': dict(n_layer=4, n_head=4, n_embd=256, block_size=128, norm='rmsnorm', position='rope', mlp='silu'),
 }
 
+# What stands between the two matrices of the MLP, and whether it is gated: half of the first product, through the
+# function, then multiplies the other half.
+MLPS = {
+    'gelu': (lambda x: F.gelu(x, approximate='tanh'), False),       # GPT-2's
+    'gelu_erf': (F.gelu, False),                                    # exact; nanoGPT's
+    'silu': (F.silu, False),
+    'relu2': (lambda x: F.relu(x).square(), False),                 # So et al. 2021
+    'swiglu': (F.silu, True),                                       # Shazeer 2020; Llama's
+}
+
 
 @dataclass
 class GPTConfig:
@@ -31,7 +41,7 @@ class GPTConfig:
     n_head: int = 12
     n_kv_head: int = 0              # grouped-query attention: heads of keys and values; 0 = n_head
     n_embd: int = 768
-    n_inner: int = 0                # width of the MLP; 0 = 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64s)
+    n_inner: int = 0                # width of the MLP; 0 = 4 * n_embd (gated: 8/3 * n_embd, rounded up to 64s)
     dropout: float = 0.0
     bias: bool = True               # in the linear layers and layer norms, as GPT-2
     qkv_bias: bool = False          # for queries, keys and values even where bias is off, as Qwen2
@@ -39,7 +49,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     position: str = 'learned'       # learned | rope
     rope_theta: float = 10000.0
-    mlp: str = 'gelu'               # gelu (tanh form, GPT-2's) | gelu_erf (exact, nanoGPT's) | silu | swiglu | relu2
+    mlp: str = 'gelu'               # one of MLPS
     tie_weights: bool = True        # the output layer is the token embedding
     qk_norm: bool = False           # RMS-normalise each head's queries and keys
     document_token: int = -1        # the id that begins a document, which attention does not look beyond; -1 = it may
@@ -47,12 +57,11 @@ class GPTConfig:
     def __post_init__(self):
         """Fill in what follows from the rest. Raises ValueError for a shape that cannot be."""
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.n_inner = self.n_inner or (64 * math.ceil(8 * self.n_embd / 3 / 64) if self.mlp == 'swiglu'
-                                        else 4 * self.n_embd)
-        for name, choices in {'norm': ('layernorm', 'rmsnorm'), 'position': ('learned', 'rope'),
-                              'mlp': ('gelu', 'gelu_erf', 'silu', 'swiglu', 'relu2')}.items():
+        for name, choices in {'norm': ('layernorm', 'rmsnorm'), 'position': ('learned', 'rope'), 'mlp': MLPS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f'{name} {getattr(self, name)!r} is not one of {", ".join(choices)}')
+        _, gated = MLPS[self.mlp]
+        self.n_inner = self.n_inner or (64 * math.ceil(8 * self.n_embd / 3 / 64) if gated else 4 * self.n_embd)
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
@@ -105,15 +114,22 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
-def short_causal_attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(hs)) v for q (B, nh, T, hs), k, v (B, n_kv_head, T, hs), as three plain products.
-    mask: (B, 1, T, T) bool, who sees whom; without it, everyone sees what came before.
+def attention(q, k, v, mask=None, dropout=0.0):
+    """softmax(q k^T / sqrt(hs)) v for q (B, nh, T, hs) and k, v (B, n_kv_head, S, hs): (B, nh, T, hs).
+    mask: (B or 1, 1, T, S) bool, who sees whom; without it, everyone sees what came before. dropout: its probability.
 
-    For training on short texts on a CPU in bfloat16, where the backward pass of PyTorch's fused kernel is slow: four
-    times as fast for B 32, nh 4, T 128, hs 64 on two cores.
+    Two ways to the same result, which a test holds together: PyTorch's fused kernel, and three plain products where the
+    backward pass of that is slow: for short texts on a CPU in bfloat16 these are four times as fast (B 32, nh 4, T 128,
+    hs 64 on two cores). Whoever changes what attention computes changes both, here.
     """
-    B, nh, T, hs = q.shape
-    k, v = (z.repeat_interleave(nh // k.size(1), dim=1).reshape(B * nh, T, hs) for z in (k, v))
+    (B, nh, T, hs), n_kv_head = q.shape, k.size(1)
+    plainly = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad and not dropout
+    plainly = plainly and T == k.size(2) <= 256
+    if not plainly:
+        # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S) -> (B, nh, T, hs), never whole in memory
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                              dropout_p=dropout, enable_gqa=n_kv_head != nh)
+    k, v = (z.repeat_interleave(nh // n_kv_head, dim=1).reshape(B * nh, T, hs) for z in (k, v))
     if mask is None:
         unseen = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).expand(B * nh, T, T)
     else:
@@ -151,13 +167,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
             if 1 < T < k.size(2):   # several new tokens behind cached ones: each sees the cache and its own past
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-        dropout = self.config.dropout if self.training else 0.0
-        if q.requires_grad and q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 256 and not dropout:
-            y = short_causal_attention(q, k, v, mask)
-        else:
-            # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S) -> (B, nh, T, hs), never whole in memory
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                               dropout_p=dropout, enable_gqa=n_kv_head != n_head)
+        y = attention(q, k, v, mask, self.config.dropout if self.training else 0.0)
         y = y.transpose(1, 2).contiguous().view(B, T, C)     # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -167,24 +177,19 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.kind = config.mlp
-        width = 2 * config.n_inner if config.mlp == 'swiglu' else config.n_inner
-        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        _, gated = MLPS[config.mlp]
+        self.c_fc = nn.Linear(config.n_embd, 2 * config.n_inner if gated else config.n_inner, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)                                     # (B, T, n_inner), twice that for swiglu
-        if self.kind == 'gelu':
-            x = F.gelu(x, approximate='tanh')
-        elif self.kind == 'gelu_erf':
-            x = F.gelu(x)
-        elif self.kind == 'silu':
-            x = F.silu(x)
-        elif self.kind == 'swiglu':
+        function, gated = MLPS[self.kind]
+        x = self.c_fc(x)                                     # (B, T, n_inner), twice that if gated
+        if gated:
             gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
-        else:                                                # relu2: So et al. 2021
-            x = F.relu(x).square()
+            x = function(gate) * up
+        else:
+            x = function(x)
         return self.dropout(self.c_proj(x))
 
 
@@ -296,44 +301,54 @@ class GPT(nn.Module):
         positions (B, T) int64 and mask (B, 1, T, T) bool, who sees whom, are for rows that are not simply one text.
         Raises ValueError if the tokens do not fit into block_size.
         """
+        x = self.hidden(idx, cache, positions, mask)
+        if targets is None:
+            return self.lm_head(x[:, -1:] if last_only else x), None
+        return None, self.loss(x, targets, reduction)
+
+    def hidden(self, idx, cache=None, positions=None, mask=None):
+        """What the output layer reads, (B, T, C); the arguments are those of forward()."""
         B, T = idx.shape
         start = cache.length if cache is not None else 0
         if positions is None and start + T > self.config.block_size:
             raise ValueError(f'{start + T} tokens do not fit into block_size {self.config.block_size}')
+        if mask is None and cache is None and self.config.document_token >= 0:
+            document = (idx == self.config.document_token).cumsum(1)        # (B, T) which one of its row each is in
+            mask = (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)       # (B, 1, T, T)
+
         x = self.transformer.wte(idx)                                        # (B, T, C)
-        rope = None
-        where = slice(start, start + T) if positions is None else positions
+        where, rope = slice(start, start + T) if positions is None else positions, None
         if self.config.position == 'learned':
             x = x + self.transformer.wpe.weight[where]                       # (T, C), the same for every row
         else:
-            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            rope = [table[where].to(dtype) for table in (self.rope_cos, self.rope_sin)]      # (T, hs/2)
+            rope = [table[where].to(self._dtype(x)) for table in (self.rope_cos, self.rope_sin)]     # (T, hs/2)
             rope = [table[:, None] for table in rope] if positions is not None else rope     # (B, 1, T, hs/2)
-        if mask is None and self.config.document_token >= 0 and cache is None:
-            document = (idx == self.config.document_token).cumsum(1)        # (B, T) which one of its row each is in
-            mask = (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)       # (B, 1, T, T)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rope, cache, mask)
-        x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T
+        return self.transformer.ln_f(x)
 
-        if targets is None:
-            return self.lm_head(x[:, -1:] if last_only else x), None
+    def loss(self, x, targets, reduction='mean'):
+        """The loss of the hidden states x (B, T, C) against targets; see forward()."""
+        B, T, C = x.shape
+        x, wanted = x.view(B * T, C), targets.reshape(-1)
         if reduction == 'none':
             with torch.no_grad():
-                return None, token_losses(x.view(B * T, -1), self.lm_head, targets.reshape(-1)).view(B, T)
+                return token_losses(x, self.lm_head, wanted).view(B, T)
+        dtype = self._dtype(x)
+        if x.device.type == 'cpu' and not torch.compiler.is_compiling():     # rows that nothing is asked of cost time
+            x, wanted = x[wanted >= 0], wanted[wanted >= 0]
+        with torch.autocast(x.device.type, enabled=False):
+            loss = LinearCrossEntropy.apply(x, self.lm_head.weight, wanted, dtype, torch.is_grad_enabled())
+        return loss / (targets >= 0).sum() if reduction == 'mean' else loss
+
+    @staticmethod
+    def _dtype(x):
+        """The dtype of matrix products with x: autocast's, or its own."""
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        flat, wanted = x.view(B * T, -1), targets.reshape(-1)
-        if device == 'cpu' and not torch.compiler.is_compiling():           # rows that nothing is asked of cost time
-            flat, wanted = flat[wanted >= 0], wanted[wanted >= 0]
-        with torch.autocast(device, enabled=False):
-            loss = LinearCrossEntropy.apply(flat, self.lm_head.weight, wanted, dtype, torch.is_grad_enabled())
-        if reduction == 'mean':
-            loss = loss / (targets >= 0).sum()
-        return None, loss
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     @classmethod
     def from_pretrained(cls, name, **changes):

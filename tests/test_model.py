@@ -233,11 +233,18 @@ def test_isolated_documents_in_a_window_are_as_each_alone(shape, dtype):
     assert (model(torch.cat(documents)[None])[0][0] - alone).abs().max() > 0.5
 
 
-def test_short_attention_in_bfloat16_equals_the_fused_one():
-    from model import short_causal_attention
+@pytest.mark.parametrize('masked', [False, True])
+def test_attentions_two_ways_are_one(masked):
+    from model import attention
     q, k, v = (torch.randn(2, n, 50, 16, dtype=torch.bfloat16) for n in (4, 2, 2))
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
-    assert (short_causal_attention(q, k, v).float() - exact).abs().max() < 0.05
+    mask = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril() if masked else None
+    if masked:
+        mask[:, :, 30:, 10:20] = False
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=not masked, enable_gqa=True)
+    fused, plain = attention(q, k, v, mask), attention(q.requires_grad_(), k, v, mask)
+    assert 'Attention' not in plain.grad_fn.name()      # it did go the other way
+    for y in (fused, plain):
+        assert (y.float() - exact).abs().max() < 0.05
 
 
 def test_dropout_is_off_in_evaluation():
