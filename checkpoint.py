@@ -17,7 +17,7 @@ from configurator import UserError
 from dataset import dataset_tokenizer, find_dataset
 from device import DTYPES, from_everyone, load_optimizer
 from files import beside, write_atomically
-from huggingface import GPT2_NAMES, is_published, load_published, same_model
+from huggingface import GPT2_NAMES, is_published, load_published, near_folder, same_model
 from model import GPT, GPTConfig
 from quantize import to_int8
 from tokenizer import from_state
@@ -106,8 +106,10 @@ def pick_checkpoint(init_from, out_dir):
         if Path(init_from).is_file():
             return Path(init_from), load_checkpoint(init_from)
         if not Path(init_from).is_dir():
-            raise UserError(f'there is no checkpoint file or folder {init_from!r}; the published models are '
-                            f'{", ".join(GPT2_NAMES)}, or owner/name on the hub')
+            near = near_folder(init_from)
+            raise UserError(f'there is no checkpoint file or folder {init_from!r}; '
+                            + (f'did you mean {near}?' if near else 'the published models are '
+                               f'{", ".join(GPT2_NAMES)}, or owner/name on the hub'))
         out_dir = init_from
     folder = Path(out_dir)
     if not find_checkpoints(folder):
@@ -193,8 +195,6 @@ class Start:
         if self.states is None:
             return
         states, scaler_state = self.states
-        if len(states) != len(optimizers):
-            raise UserError(f'{self.path} was trained with another optimizer;\n{NEW_START}')
         for optimizer, state in zip(optimizers, states, strict=True):
             load_optimizer(optimizer, state)
         scaler.load_state_dict(scaler_state or scaler.state_dict())
@@ -244,6 +244,9 @@ def _resumed(config, wanted, tokenizer):
             raise UserError(f'{path} has {name}={value}, these settings have {name}={getattr(wanted, name)};\n'
                             + NEW_START)
     _same_tokenizer(checkpoint, path, tokenizer, config, NEW_START)
+    if before.get('optimizer', 'adamw') != config['optimizer']:
+        raise UserError(f'{path} was trained with optimizer={before.get("optimizer", "adamw")}, not '
+                        f'{config["optimizer"]};\n{NEW_START}')
     step, max_steps = checkpoint['iter_num'], config['max_steps']
     if step > max_steps:
         raise UserError(f'{path} is already at step {step}; raise --max_steps, now {max_steps}, to train on')

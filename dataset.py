@@ -147,6 +147,14 @@ def meta_text(tokenizer, shards, source, split, template=''):
 # -----------------------------------------------------------------------------
 # finding and reading
 
+MADE_BY = {                                         # how to make the data sets that the recipes name
+    'zh': 'prepare_zh.py', 'zh_classic': 'prepare_zh.py --vocab_size=824 --out=data/zh_classic',
+    'tang': 'prepare_zh.py --input=poems.jsonl --out=data/tang', 'fineweb_edu_10B': 'fineweb.py',
+    'fineweb_edu_100B': 'fineweb.py --sample=100BT', 'fineweb_edu_350B': 'fineweb.py --sample=350BT',
+    **{name: f'prepare_data.py --dataset={name}'
+       for name in ('shakespeare', 'shakespeare_char', 'tinystories', 'openwebtext', 'python_docs')},
+}
+
 
 def find_dataset(name, missing_ok=False):
     """The folder for a data set's name (under data/) or path. Raises UserError if it is not there or half made."""
@@ -156,9 +164,8 @@ def find_dataset(name, missing_ok=False):
             return folder
         made = sorted(p.parent.name for p in Path('data').glob('*/meta.json'))
         raise UserError(f'there is no data set {name!r} under data/ and no folder of that name'
-                        + (f' (there is: {", ".join(made)})' if made else '')
-                        + '\nmake it first: python ' + ('fineweb.py' if Path(name).name.startswith('fineweb_edu')
-                                                        else f'prepare_data.py --dataset={name}'))
+                        + (f' (there is: {", ".join(made)})' if made else '') + '\nmake it first: python '
+                        + MADE_BY.get(name, f'prepare_data.py --dataset=custom --input=YOUR_TEXT --out=data/{name}'))
     if not (folder / 'meta.json').exists():
         if any(folder.glob(FINEWEB_RECORD)):
             raise UserError(f'{folder} is half made: give its python fineweb.py command again, which goes on with it')

@@ -28,7 +28,7 @@ max_new_tokens = 96         # the most tokens in an answer
 batch_size = 128            # questions answered at a time
 device = 'auto'             # auto, cpu, cuda, mps
 dtype = 'auto'              # auto, float32, bfloat16, float16
-config = configure(globals())
+config = configure(globals(), negative=False, at_least={'max_new_tokens': 1, 'batch_size': 1})
 # -----------------------------------------------------------------------------
 
 UNKNOWN = '这个问题我还没有学过。'

@@ -28,7 +28,7 @@ out_dir = 'out'             # where runs are
 format = 'int8'             # int8 or hf
 out = ''                    # what to write; '' = int8.pt, or the folder hf, beside the checkpoint
 push = ''                   # for hf: upload the folder to this user/name on the Hugging Face hub, too
-config = configure(globals())
+config = configure(globals(), one_of={'format': ('int8', 'hf')})
 # -----------------------------------------------------------------------------
 
 
@@ -96,8 +96,6 @@ def upload(folder, repo):
 
 
 def main():
-    if format not in ('int8', 'hf'):
-        raise UserError(f'format {format!r} is not one of int8, hf')
     if push:
         if format != 'hf':
             raise UserError('push uploads a Hugging Face folder: say --format=hf')

@@ -31,7 +31,7 @@ show = 0                    # print so many questions with the losses of their e
 batch_size = 64             # questions in a forward pass; fewer where they are over 256 tokens
 device = 'auto'             # auto, cpu, cuda, mps
 dtype = 'auto'              # auto, float32, bfloat16, float16
-config = configure(globals())
+config = configure(globals(), negative=False, at_least={'batch_size': 1})
 # -----------------------------------------------------------------------------
 
 REPO, FILE, FOLDER, N_OFFICIAL = 'Rowan/hellaswag', 'data/validation-00000-of-00001.parquet', 'data/hellaswag', 10042
@@ -184,9 +184,6 @@ def count_right(model, questions, *, rank=0, world_size=1):
 
 
 def main():
-    for name, least in {'limit': 0, 'show': 0, 'batch_size': 1}.items():
-        if config[name] < least:
-            raise UserError(f'{name} must be at least {least}, not {config[name]}')
     rank, local_rank, world_size = init_distributed(device)
     chosen_device = pick_device(device, local_rank)
     model, tokenizer, _, description = load_for_use(init_from, out_dir, chosen_device, pick_dtype(dtype, chosen_device))

@@ -5,6 +5,7 @@ written as GPT2LMHeadModel, Llama-class shapes as LlamaForCausalLM, with biases 
 Qwen2ForCausalLM. One table, tensor_map(), serves both ways. Only .safetensors are read, which cannot hold code.
 """
 
+import difflib
 import json
 import os
 import re
@@ -35,12 +36,19 @@ class Unsupported(UserError):
 
 def is_published(name):
     """Whether `name` means a model in Hugging Face's layout: gpt2, gpt2-medium, ..., a folder that holds one, or
-    owner/name on the hub (unless there is a local folder called owner: then it is a mistyped path)."""
+    owner/name on the hub (unless there is a local folder called owner, or one that is nearly called owner/name: then it
+    is a mistyped path)."""
     if Path(name).exists():
         return Path(name, 'config.json').is_file()
     owner = name.partition('/')[0]
-    is_path = Path(owner).exists() or owner in ('out', 'data', 'models', '.', '..')
+    is_path = Path(owner).exists() or owner in ('out', 'data', 'models', '.', '..') or near_folder(name)
     return name in GPT2_NAMES or bool(re.fullmatch(r'[\w.-]+/[\w.-]+', name)) and not is_path
+
+
+def near_folder(name):
+    """The folder two levels down from here that has nearly this name, or ''."""
+    here = [path.as_posix() for path in Path('.').glob('*/*') if path.is_dir()]
+    return next(iter(difflib.get_close_matches(name, here, n=1, cutoff=0.8)), '')
 
 
 def same_model(one, other):
@@ -167,7 +175,7 @@ def family_of(args):
         if args['mlp'] not in GPT2_ACTIVATIONS.values():
             refuse('mlp', 'gelu')
         return 'gpt2'
-    for switch, value in {'position': 'rope', 'mlp': 'swiglu'}.items():
+    for switch, value in {'norm': 'rmsnorm', 'position': 'rope', 'mlp': 'swiglu'}.items():
         if args[switch] != value:
             refuse(switch, value)
     return 'qwen2' if args['qkv_bias'] and not args['bias'] else 'llama'
@@ -276,9 +284,13 @@ def import_tensors(tensors, args, family, where):
 
 
 def export_tensors(weights, args):
-    """Their tensors, {name: tensor}, from our state_dict."""
-    tensors = {}
-    for name, theirs, transposed in tensor_map(family_of(args), args):
+    """Their tensors, {name: tensor}, from our state_dict. Raises Unsupported if the table does not know one of ours."""
+    tensors, table = {}, list(tensor_map(family_of(args), args))
+    unknown = weights.keys() - {name for name, *_ in table} - ({'lm_head.weight'} if args['tie_weights'] else set())
+    if unknown:
+        raise Unsupported(f'{len(unknown)} tensors of this model have no place in an export: '
+                          f'{", ".join(sorted(unknown)[:3])}')
+    for name, theirs, transposed in table:
         tensor = weights[name].detach()
         if transposed:
             tensor = tensor.t()

@@ -45,7 +45,8 @@ seed = 1337                 # the same seed gives the same text
 device = 'auto'             # auto, cpu, cuda, mps
 dtype = 'auto'              # auto, float32, bfloat16, float16
 batch_size = 64             # texts made at a time
-config = configure(globals())
+config = configure(globals(), negative=False, at_least={'num_samples': 1, 'max_new_tokens': 1, 'batch_size': 1},
+                   at_most={'seed': (1 << 63) - 1})
 # -----------------------------------------------------------------------------
 
 STYLES = {          # temperature, top_k, top_p
@@ -154,11 +155,7 @@ def main():
     for name, good, rule in [('temperature', options['temperature'] >= 0, 'at least 0'),
                              ('top_k', options['top_k'] >= 0, 'at least 0'),
                              ('top_p', 0 < options['top_p'] <= 1, 'above 0 and at most 1'),
-                             ('repetition_penalty', repetition_penalty > 0, 'above 0'),
-                             ('num_samples', num_samples > 0, 'at least 1'),
-                             ('batch_size', batch_size > 0, 'at least 1'),
-                             ('seed', 0 <= seed < 1 << 63, 'at least 0 and below 2^63'),
-                             ('max_new_tokens', max_new_tokens > 0, 'at least 1')]:
+                             ('repetition_penalty', repetition_penalty > 0, 'above 0')]:
         if not good:
             raise UserError(f'{name} must be {rule}, not {config[name]}')
     prompts = [prompt]

@@ -3,21 +3,9 @@
 # First: python fineweb.py.  8 x H100 80 GB: about 4.6 hours at 40% MFU, 45 GB on each GPU (both estimates:
 # python bench.py --costs); on one GPU eight times as long. OpenAI's own weights have HellaSwag 0.4320
 # (config/eval_gpt2_large.py); what 10B tokens reach has not been measured here.
-out_dir = 'out/gpt2_large'
-dataset = 'fineweb_edu_10B'
-eval_interval = 250
-eval_iters = 640                # 640 * 16 * 1024 = 10.5M tokens, divided over the processes
-hellaswag_interval = 250
-checkpoint_interval = 5000
-sample_interval = 250
-sample_prompt = "Hello, I'm a language model,"
-num_samples = 4
+include('train_gpt2.py')        # all of it, but for:
 
-preset = 'gpt2-large'
-batch_size, block_size = 16, 1024
-total_batch_size = 524288       # 16 * 1024 tokens * 8 processes * 4 micro-steps
-
-learning_rate, min_lr = 2.5e-4, 2.5e-5 # GPT-3's for this size
-weight_decay = 0.1
-warmup_steps = 715              # 715 * 524,288 = 375M tokens, as GPT-3
-max_steps = 19073               # 19,073 * 524,288 = 10 billion tokens
+out_dir, preset = 'out/gpt2_large', 'gpt2-large'
+batch_size = 16                 # 524,288 = 16 * 1024 tokens * 8 processes * 4 micro-steps
+eval_iters = 640                # 640 * 16 * 1024 = 10.5M tokens
+learning_rate, min_lr = 2.5e-4, 2.5e-5  # GPT-3's for this size

@@ -3,22 +3,10 @@
 # First: python fineweb.py.  8 x H100 80 GB: about 9 hours at 40% MFU, 54 GB on each GPU (both estimates:
 # python bench.py --costs); on one GPU eight times as long. OpenAI's own weights have HellaSwag 0.4889
 # (config/eval_gpt2_xl.py); what 10B tokens reach has not been measured here.
-out_dir = 'out/gpt2_xl'
-dataset = 'fineweb_edu_10B'
-eval_interval = 250
-eval_iters = 1280               # 1280 * 8 * 1024 = 10.5M tokens, divided over the processes
-hellaswag_interval = 250
-checkpoint_interval = 5000
-sample_interval = 250
-sample_prompt = "Hello, I'm a language model,"
-num_samples = 4
+include('train_gpt2.py')        # all of it, but for:
 
-preset = 'gpt2-xl'
-batch_size, block_size = 8, 1024
-total_batch_size = 524288       # 8 * 1024 tokens * 8 processes * 8 micro-steps
-
-learning_rate, min_lr = 2e-4, 2e-5 # GPT-3's for this size
-weight_decay = 0.1
-warmup_steps = 715              # 715 * 524,288 = 375M tokens, as GPT-3
-max_steps = 19073               # 19,073 * 524,288 = 10 billion tokens
+out_dir, preset = 'out/gpt2_xl', 'gpt2-xl'
+batch_size = 8                  # 524,288 = 8 * 1024 tokens * 8 processes * 8 micro-steps
+eval_iters = 1280               # 1280 * 8 * 1024 = 10.5M tokens
+learning_rate, min_lr = 2e-4, 2e-5      # GPT-3's for this size
 zero = 1                        # AdamW's 12.5 GB, divided over the processes

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# tests run beside each other, and threads that wait for one another on a busy core are many times slower than one
+os.environ['OMP_NUM_THREADS'] = '1'
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
@@ -19,6 +21,11 @@ def gpt2_files(tmp_path_factory):
     for name in ('encoder.json', 'vocab.bpe'):
         shutil.copyfile(data / name, folder / hashlib.sha1((GPT2_ADDRESS + name).encode()).hexdigest())
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """The longest comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: 'default_recipe' not in item.name)
 
 
 @pytest.fixture(scope='session', autouse=True)

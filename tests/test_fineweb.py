@@ -153,7 +153,7 @@ runpy.run_path(job['script'], run_name='__main__')
 def launcher():
     if not hasattr(os, 'fork'):
         pytest.skip('there is no fork')
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     with subprocess.Popen([sys.executable, '-c', LAUNCHER], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as process:
         yield process

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import random
 import re
 import subprocess
@@ -28,15 +27,6 @@ from tokenizer import gpt2_tokenizer, train_char
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT.parent / 'shared' / 'data' / 'hellaswag_val_sample.jsonl'
 LLAMA = dict(norm='rmsnorm', position='rope', mlp='swiglu', n_kv_head=2, bias=False, tie_weights=False)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Many small products: threads would spend their time waiting for each other, the more so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -----------------------------------------------------------------------------
@@ -159,8 +149,7 @@ def script(place, *args, processes=1):
     launcher = [sys.executable] if processes == 1 else [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     return subprocess.run([*launcher, str(ROOT / 'hellaswag.py'), '--device=cpu', *args], cwd=place, text=True,
-                          encoding='utf-8', capture_output=True, timeout=300,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                          encoding='utf-8', capture_output=True, timeout=300)
 
 
 def shown(out):

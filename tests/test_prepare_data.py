@@ -24,7 +24,7 @@ from dataset import TokenDataset, dataset_tokenizer, find_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'prepare_data.py'
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'}
+ENV = {**os.environ, 'PYTHONIOENCODING': 'utf-8'}
 
 
 def run(folder, *args, **options):

@@ -1,6 +1,5 @@
 """int8 weights: how far from the float ones, how large, and that they are used as any other checkpoint."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ SHAPES = {'teaching': PRESETS['teaching'], 'gpt2': dict(n_layer=2, n_head=4, n_e
 
 def run(place, name, *args):
     return subprocess.run([sys.executable, str(ROOT / name), *args], cwd=place, text=True, encoding='utf-8',
-                          capture_output=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                          capture_output=True, timeout=120)
 
 
 def test_rows_are_rounded_to_the_nearest_of_255_steps():

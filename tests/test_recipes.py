@@ -8,6 +8,7 @@ import torch
 
 import bench
 from configurator import configure
+from dataset import MADE_BY
 from model import GPT, PRESETS, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,15 +19,20 @@ TABLE = {row[0]: row[1:] for row in re.findall(ROW, (ROOT / 'README.md').read_te
 def settings_of(*configs, script='train.py'):
     """The settings that a script would have with these config files."""
     source = (ROOT / script).read_text(encoding='utf-8')
-    namespace = {'__file__': str(ROOT / script), '__name__': 'tests'}
-    exec(source[source.index('\n# ---'):source.index('config = configure(')], namespace)
-    return configure(namespace, [str(ROOT / 'config' / name) for name in configs])
+    end = source.index('\n# ---', source.index('config = configure('))
+    namespace = {'__file__': str(ROOT / script), '__name__': 'tests', 'configure': configure, 'PRESETS': PRESETS,
+                 'argv': [str(ROOT / 'config' / name) for name in configs]}
+    exec(source[source.index('\n# ---'):end].replace('configure(globals()', 'configure(globals(), argv'), namespace)
+    return namespace['config']
 
 
 @pytest.mark.parametrize('config', sorted(p.name for p in (ROOT / 'config').glob('*.py')))
 def test_every_recipe_has_only_real_settings_and_begins_with_its_command(config):
     settings = settings_of(config)
     assert settings['out_dir'] != 'out'
+    script, *args = MADE_BY[settings['dataset']].split()        # so a missing data set's message says what helps
+    assert (ROOT / script).is_file()
+    assert script != 'prepare_data.py' or args == [f'--dataset={settings["dataset"]}']
     head = (ROOT / 'config' / config).read_text(encoding='utf-8').split('\n\n')[0].split('\nout_dir')[0]
     assert f'train.py config/{config}' in head
 

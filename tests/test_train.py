@@ -43,7 +43,7 @@ def command(name, *args, processes=1):
 
 
 def environment():
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    return {**os.environ, 'PYTHONUNBUFFERED': '1'}
 
 
 def script(place, name, *args, processes=1):

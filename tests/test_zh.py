@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -31,7 +30,7 @@ def rows(name, folder=DATA):
 
 def prepare(place, *args):
     return subprocess.run([sys.executable, str(ROOT / 'prepare_zh.py'), *args], cwd=place, text=True, encoding='utf-8',
-                          capture_output=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '2'})
+                          capture_output=True, timeout=300)
 
 
 def made(place, *args, out='made'):
