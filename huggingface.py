@@ -408,9 +408,10 @@ def save_folder(out, args, weights, tokenizer, start, template='', card=''):
     files = {'config.json': json.dumps(config, indent=2) + '\n', 'README.md': card,
              'generation_config.json': json.dumps(generation) + '\n',
              **tokenizer_files(tokenizer, start, args['block_size'], template)}
+    tensors = export_tensors(weights, args)
     out.mkdir(parents=True, exist_ok=True)
     tmp = out / (WEIGHTS + '.tmp')
-    save_file(export_tensors(weights, args), tmp, metadata={'format': 'pt'})
+    save_file(tensors, tmp, metadata={'format': 'pt'})
     tmp.replace(out / WEIGHTS)
     for name, text in files.items():
         (out / name).write_text(text, encoding='utf-8', newline='\n')

@@ -57,7 +57,7 @@ class TimeToFinish:
         is out of date when it is a quarter off, and at least a quarter of a minute."""
         now = time.time() if now is None else now
         self.recent.append(seconds)
-        left = statistics.median(self.recent) * steps_left
+        left = statistics.median_low(self.recent) * steps_left
         off = abs(now + left - self.end) if self.end else 0
         if len(self.recent) < 10 or self.end and off <= max(15, left / 4):
             return None

@@ -35,9 +35,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('greet.py').write_text(SCRIPT, encoding='utf-8')
 
-    def settings(*argv):
+    def settings(*argv, **rules):
         namespace = dict(__name__='greet', __file__='greet.py', name='world', times=3, rate=0.5, loud=False, quiet=True)
-        config = configure(namespace, argv)
+        config = configure(namespace, argv, **rules)
         assert {key: namespace[key] for key in config} == config    # the globals are what the dict says
         return config
 
@@ -50,9 +50,9 @@ def write(path, text):
     return path
 
 
-def message(run, *argv):
+def message(run, *argv, **rules):
     with pytest.raises(UserError) as e:
-        run(*argv)
+        run(*argv, **rules)
     assert 1 <= len(str(e.value).splitlines()) <= 2
     return str(e.value)
 
@@ -142,6 +142,58 @@ def test_a_config_file_gives_an_int_for_a_float_and_a_whole_float_for_an_int(run
     config = run(write('a.py', 'rate = 1\ntimes = 1e3\nname = 123\n'))
     assert [config[key] for key in ('rate', 'times', 'name')] == [1.0, 1000, '123']
     assert [type(config[key]) for key in ('rate', 'times', 'name')] == [float, int, str]
+
+
+def test_a_preset_counts_where_it_stands_and_what_is_set_after_it_or_beside_it_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write('shape.py', "preset = ''  # a shape\nlayers = 12  # how many\nmlp = 'gelu'  # which\nconfig = configure()\n")
+    presets = {'small': {'layers': 4, 'mlp': 'silu'}, 'large': {'layers': 48}}
+
+    def shape(*argv):
+        namespace = dict(__name__='shape', __file__='shape.py', preset='', layers=12, mlp='gelu')
+        config = configure(namespace, argv, presets=presets)
+        return config['preset'], config['layers'], config['mlp']
+
+    recipe = write('recipe.py', "preset = 'small'\n")
+    assert shape(recipe) == ('small', 4, 'silu')
+    assert shape(recipe, '--mlp=swiglu', '--layers=6') == ('small', 6, 'swiglu')
+    assert shape('--mlp=swiglu', '--layers=6', recipe) == ('small', 4, 'silu')
+    assert shape(recipe, '--preset=large') == ('large', 48, 'silu')
+    assert shape(write('beside.py', "layers = 12\npreset = 'small'\n")) == ('small', 12, 'silu')
+    assert shape(write('derived.py', "include('recipe.py')\nlayers = 12\n")) == ('small', 12, 'silu')
+    with pytest.raises(UserError, match="no preset 'medium'.*small, large"):
+        shape('--preset=medium')
+
+
+def test_a_config_file_may_include_another_of_its_folder(run):
+    write('config/base.py', "times, rate = 7, 2.0\nname = 'base'\n")
+    config = run(write('config/derived.py', "include('base.py')\nrate = rate / 4\nname = 'derived'\n"))
+    assert (config['times'], config['rate'], config['name']) == (7, 0.5, 'derived')
+    write('config/base.py', 'times = 7\nrate = 1 / 0\n')
+    assert 'config/base.py, line 2: ZeroDivisionError' in message(run, 'config/derived.py')
+    write('config/base.py', 'times = = 7\n')
+    assert 'config/base.py, line 1: SyntaxError' in message(run, 'config/derived.py')
+    assert 'config/lost.py, line 1: FileNotFoundError' in message(run, write('config/lost.py', "include('not.py')\n"))
+
+
+@pytest.mark.parametrize('arg, rules, said', [
+    ('--times=-1', dict(negative=False), 'times must be at least 0, not -1'),
+    ('--rate=nan', dict(negative=False), 'rate must be at least 0, not nan'),
+    ('--times=0', dict(at_least={'times': 1}), 'times must be at least 1, not 0'),
+    ('--times=1001', dict(at_most={'times': 1000}), 'times must be at most 1,000, not 1001'),
+    ('--name=moon', dict(one_of={'name': ('world', 'sun')}), "name 'moon' is not one of world, sun")])
+def test_a_value_out_of_range_says_what_the_range_is(run, arg, rules, said):
+    assert message(run, arg, **rules) == said
+    run(**rules)
+
+
+@pytest.mark.parametrize('theirs, ours', [('lr', 'learning_rate'), ('max_iters', 'max_steps'), ('start', 'prompt'),
+                                          ('hidden_size', 'n_embd'), ('wandb_log', 'tensorboard'),
+                                          ('gradient_accumulation_steps', 'total_batch_size')])
+def test_a_setting_of_another_project_names_ours(theirs, ours):
+    with pytest.raises(UserError, match=f'unknown setting {theirs!r} on the command line; did you mean {ours}'):
+        configurator._must_exist(theirs, dict.fromkeys(['min_lr', 'batch_size', 'grad_clip', 'dataset', ours]),
+                                 'on the command line')
 
 
 def test_two_runs_do_not_see_each_other(run):

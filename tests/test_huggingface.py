@@ -218,6 +218,8 @@ def test_names_are_told_from_paths(tmp_path, monkeypatch):
     assert not same_model('gpt2', 'gpt2-xl')
     with pytest.raises(UserError, match='gpt2-medium'):
         pick_checkpoint('gpt3', 'out')
+    with pytest.raises(UserError, match='did you mean out/run?'):       # and nobody is asked for it
+        pick_checkpoint('outt/run', 'out')
 
 
 # -----------------------------------------------------------------------------
@@ -317,6 +319,17 @@ def test_a_shape_that_no_class_has_is_refused_naming_the_switch(switch, shape, b
     model = our_model(**shape)
     with pytest.raises(Unsupported, match='position' if switch == 'norm' else switch):
         save_folder(tmp_path / 'out', model.model_args(), model.state_dict(), bpe, bpe.start)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('args, weights, named', [
+    (dict(norm='powernorm'), {}, "norm='powernorm'"),
+    ({}, {'transformer.h.0.ln_1.gate': torch.ones(1)}, 'transformer.h.0.ln_1.gate')])
+@pytest.mark.parametrize('shape', ['gpt2', 'llama'])
+def test_what_somebody_added_to_the_model_is_not_dropped_from_an_export(args, weights, named, shape, bpe, tmp_path):
+    model = our_model(**SHAPES[shape])
+    with pytest.raises(Unsupported, match=named):
+        save_folder(tmp_path / 'out', model.model_args() | args, model.state_dict() | weights, bpe, bpe.start)
     assert not (tmp_path / 'out').exists()
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from checkpoint import build_model, load_checkpoint
+from metrics import TimeToFinish
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--total_batch_size=0',
@@ -66,7 +67,7 @@ def losses(place, out):
 
 
 def stop(place, out, signum, *args, after):
-    """Start training and send `signum` once step `after` is in the log; returns the exit status."""
+    """Start training and send `signum` once step `after` is in the log; returns the exit status, and the output."""
     process = subprocess.Popen(command('train.py', '--dataset=tiny', f'--out_dir={out}', *TINY, *args), cwd=place,
                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = place / out / 'metrics.jsonl'
@@ -75,8 +76,8 @@ def stop(place, out, signum, *args, after):
         assert time.time() < deadline and process.poll() is None, process.stdout.read().decode()
         time.sleep(0.005)
     process.send_signal(signum)
-    process.communicate(timeout=60)
-    return process.returncode
+    said, _ = process.communicate(timeout=60)
+    return process.returncode, said.decode()
 
 
 @pytest.mark.parametrize('options', [('--dtype=float32', '--dropout=0.2'), ('--dtype=bfloat16', '--dropout=0.2'),
@@ -85,7 +86,7 @@ def test_killed_and_resumed_is_the_same_run_to_the_last_bit(place, options):
     name = '-'.join(options).replace('=', '')
     options = [*options, '--max_steps=150', '--eval_interval=20']
     train(place, f'out/whole{name}', *options)
-    assert stop(place, f'out/cut{name}', signal.SIGKILL, *options, after=50) == -signal.SIGKILL
+    assert stop(place, f'out/cut{name}', signal.SIGKILL, *options, after=50)[0] == -signal.SIGKILL
     interrupted_at = max(losses(place, f'out/cut{name}'))
     assert interrupted_at < 149
     out = train(place, f'out/cut{name}', *options)
@@ -102,7 +103,8 @@ def test_killed_and_resumed_is_the_same_run_to_the_last_bit(place, options):
 def test_a_signal_finishes_the_step_saves_and_exits(place, signum, status):
     out = f'out/signal{status}'
     options = ['--dtype=float32', '--max_steps=4000', '--eval_interval=0']
-    assert stop(place, out, signum, *options, after=20) == status
+    returned, said = stop(place, out, signum, *options, after=20)
+    assert returned == status and re.search(r'^total time: [\d.]+ minutes, checkpoints in ', said, re.M), said
     last = max(losses(place, out))
     assert load_checkpoint(place / out / 'checkpoint.pt')['iter_num'] == last + 1
 
@@ -231,6 +233,49 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it(place):
                   '--eval_interval=0')
     assert done.returncode == 0, done.stderr
     assert 'checkpoint.pt is damaged' in done.stderr and '_checkpoint.pt at step 4' in done.stdout
+
+
+def test_a_finished_run_is_left_as_it_is_and_a_resumed_one_says_what_changed(place):
+    options = ['--eval_interval=0', '--dtype=float32', '--preset=teaching', '--n_layer=1', '--mlp=swiglu',
+               '--n_embd=32', '--block_size=32']
+    train(place, 'out/done', *options, '--max_steps=3')
+    model = build_model(load_checkpoint(place / 'out/done/final_checkpoint.pt'))
+    assert (model.config.n_layer, model.config.mlp, model.config.norm) == (1, 'swiglu', 'rmsnorm')    # later wins
+
+    def files():
+        return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (place / 'out/done').iterdir()}
+
+    before, changed = files(), ['--learning_rate=1e-4', '--dropout=0.3']
+    out = train(place, 'out/done', *options, *changed, '--max_steps=3')
+    assert out.endswith('already finished at step 3; raise --max_steps or choose another --out_dir\n')
+    assert files() == before
+    out = train(place, 'out/done', *options, *changed, '--max_steps=5')
+    assert 'at step 3, with dropout 0.0 -> 0.3, learning_rate 0.001 -> 0.0001, max_steps 3 -> 5\n' in out
+
+
+def test_mfu_stays_below_all_there_is_even_if_the_peak_was_timed_on_a_busy_machine(place):
+    run = ('import device, runpy, sys; device.peak_flops = lambda *_: 1.0; sys.argv.pop(0); '
+           'runpy.run_path(sys.argv[0], run_name="__main__")')
+    args = ['--dataset=tiny', '--out_dir=out/busy', *TINY, '--max_steps=3', '--eval_interval=0']
+    done = subprocess.run([sys.executable, '-c', run, str(ROOT / 'train.py'), *args], cwd=place, capture_output=True,
+                          text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=100)
+    assert done.returncode == 0, done.stderr
+    mfu = [m['mfu'] for m in metrics(place, 'out/busy') if 'mfu' in m]
+    assert mfu[0] == 1 and max(mfu) <= 1
+
+
+def test_the_time_to_finish_is_said_again_when_it_has_changed():
+    clock, said = 0, {}
+    time_to_finish = TimeToFinish()
+    for step in range(1000):
+        seconds = 1 if step < 300 else 5                        # from here on, somebody else uses the machine
+        clock += seconds
+        minutes = time_to_finish(seconds, 999 - step, now=clock)
+        if minutes is not None:
+            said[step] = minutes * 60
+    assert said[9] == 990 and len(said) == 2                    # once, and once more
+    (_, again), = ((step, s) for step, s in said.items() if step > 9)
+    assert again == pytest.approx(5 * 690, rel=0.02)
 
 
 # -----------------------------------------------------------------------------
