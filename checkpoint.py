@@ -256,7 +256,7 @@ def _resumed(config, wanted, tokenizer):
     return Start(build_model(checkpoint, path, dropout=config['dropout']), began, path=path, step=step,
                  said=f'resuming from {path} at step {step}' + (f', with {", ".join(changed)}' if changed else ''),
                  best_val_loss=float(checkpoint['best_val_loss']), elapsed_s=checkpoint.get('elapsed_s', 0.0),
-                 finished=step == max_steps and Path(config['out_dir'], FINAL).is_file(),
+                 finished=step == max_steps and checkpoint.get('finished', False),
                  states=(states if isinstance(states, list) else [states], checkpoint.get('scaler')))
 
 

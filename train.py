@@ -219,6 +219,7 @@ def save(step, *names):
             'scaler': scaler.state_dict(), 'model_args': raw_model.model_args(), 'iter_num': step,
             'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.state(),
             'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template, 'elapsed_s': elapsed(),
+            'finished': FINAL in names,
         }, names)
         prune_checkpoints(out_dir, keep_checkpoints)
 
@@ -253,7 +254,7 @@ for step in range(start.step, max_steps + 1):
         break
 
     # look up from the work now and then: how good is it, and is it safe on disk?
-    names = [FINAL] if last_step else []        # it comes before LATEST, which then says that the run is finished
+    names = []
     if last_step or (eval_interval and step % eval_interval == 0):
         val_loss = estimate_loss()
         ppl = math.exp(min(val_loss, 700))
@@ -273,6 +274,8 @@ for step in range(start.step, max_steps + 1):
         log_metrics(step, zh_heldout=right / total)
     if checkpoint_interval and step % checkpoint_interval == 0:
         names += [f'checkpoint_iter_{step}.pt', LATEST]
+    if last_step:
+        names.append(FINAL)
     if names and step > 0:
         save(step, *dict.fromkeys(names))
     if due(sample_interval):
