@@ -73,7 +73,7 @@ def plain(text):
 @functools.cache
 def hub_library():
     """huggingface_hub, taught what it does not do by itself, for all the requests that it makes in this process."""
-    import huggingface_hub
+    import huggingface_hub.file_download
     from huggingface_hub import constants
     constants.HF_HUB_DISABLE_TELEMETRY = True       # else it first asks the hub for a page of its own
     constants.DOWNLOAD_CHUNK_SIZE = 1 << 16         # a cut loses that much; with the default of 10 MB, too much
@@ -183,10 +183,8 @@ def hub_download(repo, filename, folder, *, name=None, repo_type='model', revisi
     where = dict(repo_type=repo_type, revision=revision, endpoint=endpoint)
 
     def bring(part):
-        library, url, tries = hub_library(), f'{endpoint}/{repo}/{filename}', 0
-        from huggingface_hub.file_download import http_get
-        with in_words(url):
-            url, token = library.hf_hub_url(repo, filename, **where), hub_token()
+        library, tries = hub_library(), 0
+        url, token = library.hf_hub_url(repo, filename, **where), hub_token()
         with in_words(url):
             while True:
                 # 1) what does the hub have? anew each time, as a signed address does not last
@@ -207,8 +205,9 @@ def hub_download(repo, filename, folder, *, name=None, repo_type='model', revisi
                 headers = {**library.utils.build_hf_headers(token=token), 'Accept-Encoding': 'identity'}
                 try:
                     with open(part, 'ab' if have else 'wb') as file:
-                        http_get(urljoin(url, meta.location), file, resume_size=have, headers=headers,
-                                 expected_size=total, displayed_filename=path.name)
+                        library.file_download.http_get(
+                            urljoin(url, meta.location), file, resume_size=have, headers=headers,
+                            expected_size=total, displayed_filename=path.name)
                     return total, digest
                 except Exception as error:
                     answer = getattr(error, 'response', None)
@@ -227,13 +226,13 @@ def by_xet(part, repo, filename, **where):
     """Whether the file came in the chunks of Xet, the hub's own way, the fastest; where it is barred, HTTP remains."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.file_download import is_xet_available
+    folder = beside(part, '.xet')
+    shutil.rmtree(folder, ignore_errors=True)           # what a killed process has left cannot be gone on with
     if not is_xet_available():
         return False
     for variable, value in XET_LIMITS.items():
         os.environ.setdefault(variable, value)
-    folder = beside(part, '.xet')
     try:
-        shutil.rmtree(folder, ignore_errors=True)       # what a killed process has left cannot be gone on with
         os.replace(hf_hub_download(repo, filename, local_dir=folder, **where), part)
         return True
     except Exception as error:      # a full disk, too, has its own words there, and will be met again

@@ -11,6 +11,8 @@ serves them as plain addresses: hub.store/datasets/OWNER/NAME/PATH.
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 import time
 from collections import namedtuple
@@ -54,7 +56,8 @@ class Hub:
     def fail(self, pattern, times=1, **fault):
         """The next requests, to either host, whose path the pattern is found in go wrong. fault: status=, headers={},
         method= of these alone; and for requests that are not HEAD: body= instead of the file, ignore_range=True,
-        cut= after so many bytes, hold= an Event to wait for before the body, or after half of it if at_half=True."""
+        cut= after so many bytes (by a reset if reset=True), hold= an Event to wait for before the body, or after half of
+        it if at_half=True."""
         self.faults += [(pattern, fault)] * times
 
     def fetched(self):
@@ -113,6 +116,9 @@ class Hub:
             pass
         if not head:
             self._send(handler, body[half:fault.get('cut')])
+        if fault.get('reset'):
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+            handler.connection.close()
 
     def _send(self, handler, body):
         for i in range(0, len(body), 16384):
