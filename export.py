@@ -101,10 +101,6 @@ def main():
             raise UserError('push uploads a Hugging Face folder: say --format=hf')
         if offline():
             raise UserError(f'{offline()} forbids --push; unset the variable')
-        try:
-            import huggingface_hub  # noqa: F401
-        except ImportError:
-            raise UserError('--push needs huggingface_hub: pip install huggingface_hub, then hf auth login') from None
     path, checkpoint = pick_checkpoint(init_from, out_dir)
     if checkpoint.get('quantized'):
         raise UserError(f'{path} is {checkpoint["quantized"]} already; export from the checkpoint it was made of')

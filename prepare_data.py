@@ -14,7 +14,7 @@ from pathlib import Path
 from configurator import UserError, configure
 from corpus import Piece, find_inputs, read_documents, split_pieces, split_rule, write_dataset
 from dataset import start_dataset
-from download import download, hub_files, hub_url
+from download import download, hub_download, hub_files
 from tokenizer import END_OF_TEXT, gpt2_tokenizer, load_tokenizer, train_bpe, train_char
 
 # -----------------------------------------------------------------------------
@@ -30,7 +30,7 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 
 SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-               '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
+               '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed', 1_115_394)
 DEFAULTS = {                # tokenizer, vocab_size, separator
     'shakespeare': ('gpt2', 0, ''),
     'shakespeare_char': ('char', 0, ''),
@@ -46,16 +46,15 @@ def fetch_corpus(name):
     """Download a named corpus once, into data/<name>/source, and return its files. Raises UserError."""
     folder = Path('data', name.removesuffix('_char'), 'source')
     if name in ('shakespeare', 'shakespeare_char'):
-        return [download(SHAKESPEARE[0], folder / 'input.txt', sha256=SHAKESPEARE[1])]
+        return [download(SHAKESPEARE[0], folder / 'input.txt', sha256=SHAKESPEARE[1], size=SHAKESPEARE[2])]
     if name == 'tinystories':
-        url = hub_url('roneneldan/TinyStories', 'TinyStoriesV2-GPT4-train.txt', repo_type='dataset')
-        return [download(url, folder / 'TinyStoriesV2-GPT4-train.txt')]
+        return [hub_download('roneneldan/TinyStories', 'TinyStoriesV2-GPT4-train.txt', folder, repo_type='dataset')]
     if name == 'openwebtext':
         repo = 'Skylion007/openwebtext'
         listed = hub_files(repo, repo_type='dataset', keep=folder / 'openwebtext.listing')
         files = [f for f in listed if f['path'].endswith('.parquet')]
-        return [download(hub_url(repo, f['path'], repo_type='dataset'), folder / Path(f['path']).name,
-                         sha256=f['sha256'], size=f['size']) for f in files]
+        return [hub_download(repo, f['path'], folder, name=Path(f['path']).name, repo_type='dataset',
+                             sha256=f['sha256'], size=f['size']) for f in files]
     raise UserError(f'--dataset={name} needs --input=FILE or FOLDER')
 
 

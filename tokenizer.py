@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from configurator import UserError
-from download import DownloadError, download, hub_url, offline
+from download import DownloadError, hub_download, offline
 
 END_OF_TEXT = '<|endoftext|>'
 OTHERS_END_OF_TEXT = ('</s>', '<|end_of_text|>', '<eos>')      # what published tokenizers call it
@@ -105,7 +105,7 @@ def _fetch_from_mirror():
         with contextlib.suppress(DownloadError):            # then tiktoken may still have its own way
             for name, hub_name, sha256 in GPT2_FILES:
                 key = hashlib.sha1((GPT2_ADDRESS + name).encode()).hexdigest()
-                download(hub_url('openai-community/gpt2', hub_name), Path(cache, key), sha256=sha256)
+                hub_download('openai-community/gpt2', hub_name, cache, name=key, sha256=sha256)
 
 
 class GPT2Tokenizer:

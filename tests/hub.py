@@ -5,11 +5,14 @@
         environment |= hub.environment          # HF_ENDPOINT, and no proxy in between
 
 As on the real one, the list of files comes in pages; files of git itself (.json, .md) are sent by the hub, while large
-ones are redirected, with a signed address, to a store that is another host and must not see the token.
+ones are redirected, with a signed address, to a store that is another host and must not see the token. The store also
+serves them as plain addresses: hub.store/datasets/OWNER/NAME/PATH.
 """
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 import time
 from collections import namedtuple
@@ -29,6 +32,9 @@ class Hub:
     def __init__(self, repos, page_size=2):
         self.repos, self.page_size = repos, page_size
         self.requests = []              # all that was asked, in order
+        self.sent = 0                   # bytes of files that were sent
+        self.page = None                # what a login page answers, whatever is asked
+        self.xet = None                 # (address of a Xet service, {path: hash there}), for the headers that name it
         self.faults = []                # (pattern, what is to go wrong), each for one request
         self.closing = threading.Event()
         self.servers = {host: self._serve(host) for host in ('hub', 'store')}
@@ -49,12 +55,15 @@ class Hub:
 
     def fail(self, pattern, times=1, **fault):
         """The next requests, to either host, whose path the pattern is found in go wrong. fault: status=, headers={},
-        body= instead of the file, cut= after so many bytes, hold= an Event to wait for before the body."""
+        method= of these alone; and for requests that are not HEAD: body= instead of the file, ignore_range=True,
+        cut= after so many bytes (by a reset if reset=True), hold= an Event to wait for before the body, or after half of
+        it if at_half=True."""
         self.faults += [(pattern, fault)] * times
 
     def fetched(self):
         """The paths of the files that were asked for, in order and with repetitions."""
-        return [unquote(re.sub('.*/resolve/[^/]*/', '', r.path)) for r in self.requests if '/resolve/' in r.path]
+        return [unquote(re.sub('.*/resolve/[^/]*/', '', r.path)) for r in self.requests
+                if '/resolve/' in r.path and r.method == 'HEAD']        # each begins with the question what it is
 
     def _serve(self, host):
         hub = self
@@ -80,30 +89,48 @@ class Hub:
         return server, thread
 
     def _answer(self, host, handler):
-        hit = next((f for f in self.faults if re.search(f[0], handler.path)), None)
+        head = handler.command == 'HEAD'
+        hit = next((f for f in self.faults if re.search(f[0], handler.path)
+                    and f[1].get('method', handler.command) == handler.command
+                    and not (head and {'body', 'cut', 'hold', 'ignore_range'} & f[1].keys())), None)
         if hit:
             self.faults.remove(hit)
         fault = hit[1] if hit else {}
         status, headers, body = self._hub(handler) if host == 'hub' else self._store(handler)
+        if self.page is not None:
+            status, headers, body = 200, {'Content-Type': 'text/html'}, self.page
         body = fault.get('body', body)
         if 'status' in fault:
             status, body = fault['status'], b'no'
-        elif status == 200 and host == 'store' or 'ETag' in headers:
+        elif 'ETag' in headers and not fault.get('ignore_range'):
             status, body = self._range(handler, headers, body)
-        headers = {'Content-Length': len(body), **headers, **fault.get('headers', {})}
+        headers = {'Connection': 'close', 'Content-Length': len(body), **headers, **fault.get('headers', {})}
         self.requests.append(Request(host, handler.command, handler.path, dict(handler.headers), status))
         handler.send_response(status)
         for name, value in headers.items():
             handler.send_header(name, str(value))
         handler.end_headers()
+        half = len(body) // 2 if fault.get('at_half') else 0
+        self._send(handler, body[:half])
         while 'hold' in fault and not fault['hold'].wait(0.01) and not self.closing.is_set():
             pass
-        if handler.command != 'HEAD':
-            handler.wfile.write(body[:fault.get('cut')])
+        if not head:
+            self._send(handler, body[half:fault.get('cut')])
+        if fault.get('reset'):
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+            handler.connection.close()
+
+    def _send(self, handler, body):
+        for i in range(0, len(body), 16384):
+            self.sent += len(body[i:i + 16384])             # before the client can have it
+            handler.wfile.write(body[i:i + 16384])
 
     def _hub(self, handler):
         """(status, headers, body) for the tree API and for files."""
         path, query = unquote(urlsplit(handler.path).path), parse_qs(urlsplit(handler.path).query)
+        if path == '/xet-token':
+            headers = {'X-Xet-Cas-Url': self.xet[0], 'X-Xet-Access-Token': 't', 'X-Xet-Token-Expiration': 1 << 40}
+            return 200, headers, b''
         for repo, files in self.repos.items():
             if path.startswith(f'/api/{repo}/tree/main'):
                 folder = path.removeprefix(f'/api/{repo}/tree/main').strip('/')
@@ -117,10 +144,13 @@ class Hub:
             start = f'/{repo.removeprefix("models/")}/resolve/main/'
             if path.startswith(start) and path.removeprefix(start) in files:
                 name = path.removeprefix(start)
-                data = files[name]
+                data, headers = files[name], {'X-Repo-Commit': '0' * 40}
                 if not is_large(name):
-                    return 200, {'ETag': f'"{hashlib.sha1(data).hexdigest()}"'}, data
-                return 302, {'X-Linked-Size': len(data), 'X-Linked-ETag': f'"{sha256(data)}"',
+                    return 200, {**headers, 'ETag': f'"{hashlib.sha1(data).hexdigest()}"'}, data
+                if self.xet:
+                    headers |= {'X-Xet-Hash': self.xet[1].get(name, sha256(data)),
+                                'Link': f'<{self.endpoint}/xet-token>; rel="xet-auth"'}
+                return 302, {**headers, 'X-Linked-Size': len(data), 'X-Linked-ETag': f'"{sha256(data)}"',
                              'Location': f'{self.store}/{quote(repo)}/{quote(name)}?signature={time.time()}'}, b''
         return 404, {}, b'no'
 
@@ -143,7 +173,7 @@ class Hub:
 
     @staticmethod
     def _entry(name, data):
-        lfs = {'lfs': {'oid': sha256(data), 'size': len(data)}} if is_large(name) else {}
+        lfs = {'lfs': {'oid': sha256(data), 'size': len(data), 'pointerSize': 134}} if is_large(name) else {}
         return {'type': 'file', 'path': name, 'size': len(data), 'oid': hashlib.sha1(data).hexdigest(), **lfs}
 
 

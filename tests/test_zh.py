@@ -4,13 +4,12 @@ import importlib.util
 import json
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hub import Hub
 
 from checkpoint import build_model, load_checkpoint, tokenizer_of
 from dataset import TokenDataset, dataset_tokenizer, find_dataset, read_meta
@@ -237,26 +236,11 @@ def test_an_open_corpus_comes_from_the_hub_or_its_mirror(tmp_path, monkeypatch, 
         pq.write_table(pa.table({'id': ['1'] * 60, 'text': ['数学是研究数量的学科。'] * 60}), tmp_path / 'p')
         body = (tmp_path / 'p').read_bytes()
 
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self):
-            listing = json.dumps([{'type': 'file', 'path': p, 'size': len(body)} for p in (path, 'README.md')]).encode()
-            answer = listing if self.path.startswith('/api/datasets/') else body if self.path.endswith(path) else b''
-            self.send_response(200)
-            self.send_header('Content-Length', str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_address[1]}')
-    try:
+    repo = 'BelleGroup/train_0.5M_CN' if corpus == 'belle' else 'wikimedia/wikipedia'
+    with Hub({f'datasets/{repo}': {path: body, 'README.md': b''}}) as hub:
+        for name, value in hub.environment.items():
+            monkeypatch.setenv(name, value)
         made(tmp_path, f'--download={corpus}', '--vocab_size=300', '--val_fraction=0.1')
-    finally:
-        server.shutdown()
-        server.server_close()
     assert (tmp_path / 'data' / corpus / 'source' / path).read_bytes() == body
     if corpus == 'belle':
         assert set(trained_texts(tmp_path / 'made')) == {'好的。'}
