@@ -104,7 +104,7 @@ def hub_library():
 
 
 @contextmanager
-def in_words(url):
+def in_words(url, is_hub=True):
     """Whatever goes wrong between us and a server, of any of the HTTP libraries, becomes a DownloadError."""
     try:
         yield
@@ -112,7 +112,11 @@ def in_words(url):
         if isinstance(error, UserError) or getattr(error, 'errno', None):       # the disk has its own words
             raise
         url, status = plain(url), getattr(getattr(error, 'response', None), 'status_code', None)
-        if status in (401, 403):
+        # never str(error), which quotes presigned addresses
+        problem = f'HTTP {status}' if status else f'no answer ({type(error).__name__})'
+        if not is_hub:
+            said = f'{problem}. Check the address, the network and the proxy.'
+        elif status in (401, 403):
             said = (f'no access (HTTP {status}), or no such repository. Check the name, set HF_TOKEN\n'
                     f'(it is sent to {plain(hub_endpoint())} only) and accept the licence on its page, if it has one.')
         elif status == 404:
@@ -120,8 +124,8 @@ def in_words(url):
         elif isinstance(error, ValueError | KeyError | TypeError | AttributeError) and not status:
             said = ('is not what it should be. Check the address, HF_ENDPOINT, and\n'
                     'whether a proxy or a login page answers in its place.')
-        else:                   # str(error) would quote the presigned query
-            said = (f'{f"HTTP {status}" if status else f"no answer ({type(error).__name__})"}. Check the address,\n'
+        else:
+            said = (f'{problem}. Check the address,\n'
                     'the network and the proxy, try later, or choose a mirror with HF_ENDPOINT.')
         raise DownloadError(f'{url}: {said}') from None
 
@@ -254,9 +258,9 @@ def download(url, path, *, sha256, size):
     def bring(part):
         import requests
         from urllib3 import Retry
-        retry = Retry(TRIES, backoff_factor=BACKOFF, status_forcelist=(429, 500, 502, 503, 504),
+        retry = Retry(TRIES, connect=2, backoff_factor=BACKOFF, status_forcelist=(429, 500, 502, 503, 504),
                       raise_on_status=False, retry_after_max=WAIT_MAX)
-        with in_words(url), requests.Session() as session:
+        with in_words(url, is_hub=False), requests.Session() as session:
             for scheme in ('http://', 'https://'):
                 session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
             for more in reversed(range(TRIES)):
@@ -304,7 +308,7 @@ def fetched(path, size, sha256, source, bring):
                     return path
                 part.unlink()
     raise DownloadError(f'{source}: {fault}, twice. It is not the file that is wanted:\n'
-                        'the source has changed or a proxy meddles. Try later, or a mirror with HF_ENDPOINT.')
+                        'the source has changed or a proxy meddles.')
 
 
 def mismatch(path, size, sha256):

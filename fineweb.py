@@ -57,7 +57,8 @@ keep_source = True          # False deletes each downloaded file once its tokens
 # how
 workers = 0                 # processes that tokenize; 0 = one for each core
 part = ''                   # 2/8 = the second of eight parts, each made by a machine of its own
-config = configure(globals())
+config = configure(globals(), negative=False, one_of={'sample': ('10BT', '100BT', '350BT')}, at_least={'shard_size': 1},
+                   at_most={'shard_size': (1 << 31) - 1})      # a shard's header has room for no more
 # -----------------------------------------------------------------------------
 
 REPO = 'HuggingFaceFW/fineweb-edu'
@@ -368,18 +369,11 @@ def finish(folder, tag, settings):
 
 def check_settings():
     """(part, parts, tokens wanted of all parts together or 0). Raises UserError for settings that cannot be."""
-    if sample not in SAMPLES:
-        raise UserError(f'sample {sample!r} is not one of {", ".join(SAMPLES)}')
     if not 0 < fraction <= 1:
         raise UserError(f'fraction must be above 0 and at most 1, not {fraction}')
     if fraction < 1 and (input or max_tokens):
         raise UserError('fraction is of the sample, and goes with neither --input nor --max_tokens; '
                         'say how much with --max_tokens alone')
-    if min(max_tokens, workers) < 0:
-        raise UserError(f'max_tokens and workers must be at least 0, not {min(max_tokens, workers)}')
-    if not 1 <= shard_size < 1 << 31:
-        raise UserError(f'shard_size must be between 1 and 2,147,483,647 (its header has room for no more), '
-                        f'not {shard_size}')
     if pretokenized and (sample not in PRETOKENIZED or input or part):
         raise UserError(f'--pretokenized is there for {" and ".join(PRETOKENIZED)}, and goes with neither --input nor '
                         '--part;\nwithout it this sample is tokenized here')

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import UserError
-from download import hub_download, hub_files
+from download import DownloadError, hub_download, hub_files
 from tokenizer import END_OF_TEXT, from_state, gpt2_tokenizer, load_tokenizer
 
 GPT2_NAMES = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
@@ -64,7 +64,10 @@ def fetch(name):
     folder = MODELS / repo.replace('/', '--')
     if all((folder / path).is_file() for path in ['config.json', *_weight_files(folder)]):
         return folder                   # the weights come last, and a file has its name only when it is whole
-    files = {f['path']: f for f in hub_files(repo, keep=folder / 'files.json')}
+    try:
+        files = {f['path']: f for f in hub_files(repo, keep=folder / 'files.json')}
+    except DownloadError as e:
+        raise DownloadError(str(e) if name in GPT2_NAMES else f'{name} is no folder here, and {e}') from None
     wanted = ['config.json', 'tokenizer.json', INDEX if INDEX in files else WEIGHTS]
     if not {'config.json', wanted[-1]} <= files.keys():
         raise Unsupported(f'{repo} on the hub has no config.json with {WEIGHTS}; only that format is read, as loading\n'

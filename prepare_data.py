@@ -14,7 +14,7 @@ from pathlib import Path
 from configurator import UserError, configure
 from corpus import Piece, find_inputs, read_documents, split_pieces, split_rule, write_dataset
 from dataset import start_dataset
-from download import download, hub_download, hub_files
+from download import DownloadError, download, hub_download, hub_files
 from tokenizer import END_OF_TEXT, gpt2_tokenizer, load_tokenizer, train_bpe, train_char
 
 # -----------------------------------------------------------------------------
@@ -26,37 +26,46 @@ vocab_size = 0              # ids of a trained BPE; 0 = what suits the data set,
 val_fraction = 0.1          # the part kept for validation
 separator = 'auto'          # what divides the documents in a .txt; '' = a file is one document; auto = what suits
 shard_size = 100_000_000    # the most tokens in a shard
-config = configure(globals())
+config = configure(globals(), negative=False, at_least={'shard_size': 1},
+                   at_most={'shard_size': (1 << 31) - 1})      # a shard's header has room for no more
 # -----------------------------------------------------------------------------
 
-SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-               '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed', 1_115_394)
-DEFAULTS = {                # tokenizer, vocab_size, separator
-    'shakespeare': ('gpt2', 0, ''),
-    'shakespeare_char': ('char', 0, ''),
-    'tinystories': ('bpe', 32768, END_OF_TEXT),
-    'openwebtext': ('gpt2', 0, ''),
-    'python_docs': ('bpe', 2048, ''),
-    'custom': ('bpe', 32768, ''),
-}
 TOKENIZER_BYTES = 1 << 29   # of a larger input, an evenly spread part of about this size trains the BPE
 
 
-def fetch_corpus(name):
-    """Download a named corpus once, into data/<name>/source, and return its files. Raises UserError."""
-    folder = Path('data', name.removesuffix('_char'), 'source')
-    if name in ('shakespeare', 'shakespeare_char'):
-        return [download(SHAKESPEARE[0], folder / 'input.txt', sha256=SHAKESPEARE[1], size=SHAKESPEARE[2])]
-    if name == 'tinystories':
-        return [hub_download('roneneldan/TinyStories', 'TinyStoriesV2-GPT4-train.txt', folder, repo_type='dataset')]
-    if name == 'openwebtext':
-        repo = 'Skylion007/openwebtext'
-        listed = hub_files(repo, repo_type='dataset', keep=folder / 'openwebtext.listing')
-        files = [f for f in listed if f['path'].endswith('.parquet')]
-        return [hub_download(repo, f['path'], folder, name=Path(f['path']).name, repo_type='dataset',
-                             sha256=f['sha256'], size=f['size']) for f in files]
-    raise UserError(f'--dataset={name} needs --input=FILE or FOLDER')
+def shakespeare(folder):
+    try:
+        return [download('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+                         folder / 'input.txt', size=1_115_394,
+                         sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')]
+    except DownloadError as e:
+        raise UserError(f'{str(e).splitlines()[0]}\nor fetch it in another way, and name it: --dataset={dataset} '
+                        '--input=FILE') from None
 
+
+def tinystories(folder):
+    return [hub_download('roneneldan/TinyStories', 'TinyStoriesV2-GPT4-train.txt', folder, repo_type='dataset')]
+
+
+def openwebtext(folder):
+    repo = 'Skylion007/openwebtext'
+    listed = hub_files(repo, repo_type='dataset', keep=folder / 'openwebtext.listing')
+    return [hub_download(repo, f['path'], folder, name=Path(f['path']).name, repo_type='dataset', sha256=f['sha256'],
+                         size=f['size']) for f in listed if f['path'].endswith('.parquet')]
+
+
+def nowhere(folder):
+    raise UserError('--dataset=custom needs --input=FILE or FOLDER')
+
+
+CORPORA = {                 # what fetches its files into a folder; tokenizer, vocab_size, what divides its documents
+    'shakespeare': (shakespeare, 'gpt2', 0, ''),
+    'shakespeare_char': (shakespeare, 'char', 0, ''),
+    'tinystories': (tinystories, 'bpe', 32768, END_OF_TEXT),
+    'openwebtext': (openwebtext, 'gpt2', 0, ''),
+    'python_docs': (lambda folder: [], 'bpe', 2048, ''),        # its documents come with Python: see below
+    'custom': (nowhere, 'bpe', 32768, ''),
+}
 
 
 def python_docs():
@@ -69,21 +78,18 @@ def python_docs():
 
 
 def main():
-    if dataset not in DEFAULTS:
-        raise UserError(f'dataset {dataset!r} is not one of {", ".join(DEFAULTS)}; for your own text: --dataset=custom '
+    if dataset not in CORPORA:
+        raise UserError(f'dataset {dataset!r} is not one of {", ".join(CORPORA)}; for your own text: --dataset=custom '
                         '--input=...')
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction must be between 0 and 1, not {val_fraction}')
-    if not 1 <= shard_size < 1 << 31:
-        raise UserError(f'shard_size must be between 1 and 2,147,483,647 (its header has room for no more), '
-                        f'not {shard_size}')
-    kind, ids, divider = DEFAULTS[dataset]
+    fetch_corpus, kind, ids, divider = CORPORA[dataset]
     kind = kind if tokenizer == 'auto' else tokenizer
     ids = vocab_size or ids or 32768
     divider = divider if separator == 'auto' else separator.replace('\\n', '\n')
     if kind not in ('char', 'bpe', 'gpt2') and not Path(kind).exists():
         raise UserError(f'tokenizer {kind!r} is not one of char, bpe, gpt2, and no tokenizer.json')
-    paths = find_inputs(input) if input else [] if dataset == 'python_docs' else fetch_corpus(dataset)
+    paths = find_inputs(input) if input else fetch_corpus(Path('data', dataset.removesuffix('_char'), 'source'))
     source = ', '.join(p.name for p in paths[:5]) or 'pydoc_data.topics'
     folder = Path(out or f'data/{dataset}')
     start_dataset(folder)

@@ -31,7 +31,7 @@ encoding = 'auto'           # auto (UTF-8, or else GB18030), utf-8, gb18030, ...
 template = '用户:{prompt}\n助手:'     # what a question is put into, in training and in sampling
 block_size = 128            # questions with answers that have more tokens than this are left out, and counted
 seed = 1337                 # of the order of the rows
-config = configure(globals())
+config = configure(globals(), negative=False, at_least={'block_size': 8})
 # -----------------------------------------------------------------------------
 
 CORPORA = {                 # repository on the hub, how its files begin, how they end
@@ -88,8 +88,6 @@ def main():
         raise UserError("template must contain {prompt}, which the question takes the place of")
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction must be between 0 and 1, not {val_fraction}')
-    if block_size < 8:
-        raise UserError(f'block_size must be at least 8, not {block_size}')
     shipped = not input and not download
     if shipped:
         paths, named = [SHIPPED / 'train.jsonl', SHIPPED / 'val.jsonl'], [SHIPPED]

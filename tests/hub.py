@@ -56,8 +56,8 @@ class Hub:
     def fail(self, pattern, times=1, **fault):
         """The next requests, to either host, whose path the pattern is found in go wrong. fault: status=, headers={},
         method= of these alone; and for requests that are not HEAD: body= instead of the file, ignore_range=True,
-        cut= after so many bytes (by a reset if reset=True), hold= an Event to wait for before the body, or after half of
-        it if at_half=True."""
+        cut= after so many bytes (by a reset if reset=True), hold= an Event to wait for before the body, or if
+        at_half=True after half of it."""
         self.faults += [(pattern, fault)] * times
 
     def fetched(self):

@@ -326,9 +326,10 @@ def test_tries_are_bounded(method, fetch, hub, tmp_path, naps):
 
 def test_no_server_is_tried_again_and_then_told(fetch, hub, tmp_path, naps, monkeypatch):
     hub.__exit__()
-    with pytest.raises(DownloadError, match='no answer .*\n.*network.*HF_ENDPOINT') as error:
+    with pytest.raises(DownloadError, match='no answer (.|\n)*network') as error:
         fetch(tmp_path)
-    assert str(error.value).startswith(fetch.url + ':') and 3 <= len(naps) <= 10 and sum(naps) <= 60
+    assert ('HF_ENDPOINT' in str(error.value)) == (fetch.way == 'hub')          # a mirror of the hub has nothing else
+    assert str(error.value).startswith(fetch.url + ':') and 1 <= len(naps) <= 10 and sum(naps) <= 60
     with pytest.raises(DownloadError, match='no answer'):
         hub_files('a/b')
 
@@ -337,7 +338,7 @@ def test_no_server_is_tried_again_and_then_told(fetch, hub, tmp_path, naps, monk
                                           (404, 'not found.*revision.*mirror')])
 def test_a_refusal_is_final_and_says_what_to_do(status, said, fetch, hub, tmp_path, naps):
     hub.fail('f.bin', status=status)
-    with pytest.raises(DownloadError, match=said) as error:
+    with pytest.raises(DownloadError, match=said if fetch.way == 'hub' else f'HTTP {status}. Check the addr') as error:
         fetch(tmp_path)
     assert fetch.url in str(error.value) and len(str(error.value).splitlines()) <= 2
     assert len(hub.requests) == 1 and naps == [] and only(tmp_path) == []

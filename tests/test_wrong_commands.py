@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -75,6 +76,7 @@ CASES = [       # the command, and what its message names
     # sample
     (SAMPLE + '--out_dir=nowhere', ['nowhere', 'train first']),
     (SAMPLE + '--init_from=nowhere.pt', ['nowhere.pt']),
+    ('HF_HUB_OFFLINE=1 ' + SAMPLE + '--init_from=some/model', ['some/model is no folder here', 'HF_HUB_OFFLINE']),
     (SAMPLE + '--init_from=damaged/checkpoint.pt', ['damaged/checkpoint.pt', 'is damaged']),
     (SAMPLE + '--init_from=object.pt', ['object.pt', 'more than']),
     (SAMPLE + '--style=bold', ['bold', 'balanced']),
@@ -87,6 +89,7 @@ CASES = [       # the command, and what its message names
     # prepare_data
     ('prepare_data.py --dataset=shakspeare', ['shakspeare', 'shakespeare']),
     ('prepare_data.py --dataset=custom', ['--input']),
+    ('prepare_data.py --dataset=shakespeare', ['raw.githubusercontent.com', '--input=FILE']),
     (PREPARE + '--input=nowhere.txt', ['nowhere.txt']),
     (PREPARE + '--input=,', ['input', "','"]),
     (PREPARE + '--input=picture.png', ['picture.png', '.txt']),
@@ -103,9 +106,11 @@ CASES = [       # the command, and what its message names
 
 def run(place, command):
     """Run a script of the project in the folder `place`, on one core and with no way to the network."""
-    script, *args = shlex.split(command)
+    words = shlex.split(command)
+    variables = dict(word.split('=') for word in words if re.match('[A-Z_]+=', word))
+    script, *args = words[len(variables):]
     env = {**os.environ, 'PYTHONUTF8': '1', 'TIKTOKEN_CACHE_DIR': str(place / 'no_cache'),
-           'HTTP_PROXY': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9'}
+           'HTTP_PROXY': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9', **variables}
     return subprocess.run([sys.executable, ROOT / script, *args], cwd=place, env=env, stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, encoding='utf-8', timeout=60)
 
