@@ -17,7 +17,7 @@ import time
 import torch
 
 from checkpoint import build_model, pick_checkpoint
-from configurator import UserError, configure
+from configurator import configure
 from device import PEAK_TFLOPS, pick_device
 from model import GPT, PRESETS, GPTConfig
 from quantize import to_int8
@@ -34,13 +34,11 @@ costs = False               # print what each GPT-2 preset costs to train, and n
 tokens = 10e9               # tokens to train on
 mfu = 0.4                   # the part of the GPU's peak that is reached; 0.4 is usual, and an assumption
 memory = 80e9               # bytes of the GPU's memory
-config = configure(globals())
+config = configure(globals(), negative=False, one_of={'preset': PRESETS}, at_least={'new_tokens': 1, 'turns': 1})
 # -----------------------------------------------------------------------------
 
 
 def decoding_speed():
-    if preset not in PRESETS:
-        raise UserError(f'there is no preset {preset!r}; choose one of {", ".join(PRESETS)}')
     torch.manual_seed(0)
     if init_from:
         path, checkpoint = pick_checkpoint(init_from, init_from)

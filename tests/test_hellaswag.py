@@ -4,8 +4,6 @@ import io
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
@@ -22,9 +20,9 @@ from configurator import UserError
 from hellaswag import FILE, N_OFFICIAL, count, count_right, evaluate, fit, load_questions, smallest
 from model import GPT, GPTConfig
 from quantize import to_int8
+from scripts import ROOT, run
 from tokenizer import gpt2_tokenizer, train_char
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT.parent / 'shared' / 'data' / 'hellaswag_val_sample.jsonl'
 LLAMA = dict(norm='rmsnorm', position='rope', mlp='swiglu', n_kv_head=2, bias=False, tie_weights=False)
 
@@ -146,10 +144,7 @@ def asked(request, tmp_path_factory):
 
 
 def script(place, *args, processes=1):
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    return subprocess.run([*launcher, str(ROOT / 'hellaswag.py'), '--device=cpu', *args], cwd=place, text=True,
-                          encoding='utf-8', capture_output=True, timeout=300)
+    return run(place, 'hellaswag.py', '--device=cpu', *args, processes=processes)
 
 
 def shown(out):

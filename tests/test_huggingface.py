@@ -19,9 +19,9 @@ from hub import Hub
 from huggingface import Unsupported, is_published, load_published, read_config, same_model, save_folder
 from model import GPT, GPTConfig
 from sample import generate_texts
+from scripts import ROOT, run
 from tokenizer import gpt2_tokenizer, train_bpe, train_char
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = 'The first thing to note is that the class is created before the name is bound to it. 龍飛鳳舞 naïve — x=1\n'
 LLAMA = dict(vocab_size=300, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5)
@@ -451,8 +451,7 @@ def run_folder(here, bpe):
 
 
 def export_script(*args):
-    return subprocess.run([sys.executable, str(ROOT / 'export.py'), '--format=hf', *args], capture_output=True,
-                          text=True, encoding='utf-8', timeout=100, env={**os.environ, 'HF_HOME': 'nobody'})
+    return run('.', 'export.py', '--format=hf', *args, env={'HF_HOME': 'nobody'})
 
 
 def test_the_model_card_tells_how_the_model_was_trained(run_folder):

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import os
 import random
 import re
 import subprocess
@@ -21,17 +20,13 @@ from hub import Hub
 import corpus
 from configurator import UserError, configure
 from dataset import TokenDataset, dataset_tokenizer, find_dataset
+from scripts import ROOT, command, run
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'prepare_data.py'
-ENV = {**os.environ, 'PYTHONIOENCODING': 'utf-8'}
 
 
-def run(folder, *args, **options):
-    """The script as a user runs it, in `folder`."""
-    env = {**ENV, 'TIKTOKEN_CACHE_DIR': os.environ['TIKTOKEN_CACHE_DIR']}
-    return subprocess.run([sys.executable, SCRIPT, *args], cwd=folder, env=env, capture_output=True, text=True,
-                          encoding='utf-8', timeout=100, **options)
+def prepare(folder, *args, **options):
+    return run(folder, 'prepare_data.py', *args, **options)
 
 
 def fresh_script():
@@ -98,8 +93,7 @@ DOCUMENTS = [f'{i}: {random_text(i, random.Random(i).randint(1, 200))}.' for i i
 
 def test_python_docs_needs_no_network_and_meta_json_is_right(tmp_path):
     env = dict.fromkeys(('http_proxy', 'https_proxy', 'ALL_PROXY'), 'http://127.0.0.1:9')
-    done = subprocess.run([sys.executable, SCRIPT, '--dataset=python_docs', '--vocab_size=512'], cwd=tmp_path,
-                          env={**ENV, **env}, capture_output=True, text=True, encoding='utf-8', timeout=100)
+    done = prepare(tmp_path, '--dataset=python_docs', '--vocab_size=512', env=env)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / 'data' / 'python_docs'
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
@@ -257,7 +251,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     for mb in (6, 48):
         (tmp_path / 'in.txt').write_text(line * (mb * 1_000_000 // len(line)), encoding='utf-8')
         done = subprocess.run([sys.executable, '-c', program, '--dataset=custom', '--input=in.txt', '--out=made',
-                               '--tokenizer=char'], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=True)
+                               '--tokenizer=char'], cwd=tmp_path, capture_output=True, text=True, check=True)
         peaks.append(int(re.search(r'peak (\d+)', done.stdout)[1]) / 1000)
     assert peaks[1] - peaks[0] < 100, f'{peaks} MB'
 
@@ -309,7 +303,7 @@ def test_shakespeare_is_divided_as_nanogpt_divides_it(here):
 def test_the_same_input_and_settings_give_the_same_bytes(here):
     given, _ = write_documents('jsonl')
     make('--dataset=custom', f'--input={given}', '--out=one', '--vocab_size=400', '--shard_size=3000')
-    done = run(here, '--dataset=custom', f'--input={given}', '--out=two', '--vocab_size=400', '--shard_size=3000')
+    done = prepare(here, '--dataset=custom', f'--input={given}', '--out=two', '--vocab_size=400', '--shard_size=3000')
     assert done.returncode == 0, done.stderr
     assert all_bytes('one') == all_bytes('two')
     make('--dataset=custom', f'--input={given}', '--out=one', '--vocab_size=300')       # fewer, larger shards
@@ -322,11 +316,11 @@ def test_killed_at_any_moment_it_leaves_nothing_that_looks_whole_and_the_next_ru
     Path('in.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in text), encoding='utf-8')
     args = ('--dataset=custom', '--input=in.jsonl', '--vocab_size=400', '--shard_size=20000')
     start = time.monotonic()
-    assert run(here, *args, '--out=whole').returncode == 0
+    assert prepare(here, *args, '--out=whole').returncode == 0
     seconds = time.monotonic() - start
     rng = random.Random(8)
     for _ in range(5):
-        process = subprocess.Popen([sys.executable, SCRIPT, *args, '--out=killed'], cwd=here, env=ENV,
+        process = subprocess.Popen(command('prepare_data.py', *args, '--out=killed'), cwd=here,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds * rng.uniform(0.4, 1))
         process.kill()
@@ -336,7 +330,7 @@ def test_killed_at_any_moment_it_leaves_nothing_that_looks_whole_and_the_next_ru
                 TokenDataset(find_dataset('killed'), 'train', 16, 400, 1)
         else:
             read_shards('killed', 'train'), read_shards('killed', 'val')
-    assert run(here, *args, '--out=killed').returncode == 0
+    assert prepare(here, *args, '--out=killed').returncode == 0
     assert all_bytes('killed') == all_bytes('whole')
 
 
@@ -426,7 +420,7 @@ def test_a_mistake_costs_one_message_and_nothing_that_was_there(here, wrong):
 
 
 def test_a_mistake_ends_the_script_with_status_2_and_no_traceback(tmp_path):
-    done = run(tmp_path, '--dataset=custom', '--input=nowhere.txt')
+    done = prepare(tmp_path, '--dataset=custom', '--input=nowhere.txt')
     assert done.returncode == 2
     assert done.stderr.startswith('error: ') and 'nowhere.txt' in done.stderr and 'Traceback' not in done.stderr
 

@@ -1,8 +1,5 @@
 """int8 weights: how far from the float ones, how large, and that they are used as any other checkpoint."""
 
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +8,12 @@ import quantize
 from checkpoint import build_model, load_checkpoint, save_checkpoint
 from model import GPT, PRESETS, GPTConfig
 from quantize import Int8Linear, quantize_rows, to_int8
+from scripts import run
 from tokenizer import train_bpe
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {'teaching': PRESETS['teaching'], 'gpt2': dict(n_layer=2, n_head=4, n_embd=128, block_size=64),
           'llama': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=128, block_size=64, norm='rmsnorm', position='rope',
                         mlp='swiglu', bias=False, tie_weights=False)}
-
-
-def run(place, name, *args):
-    return subprocess.run([sys.executable, str(ROOT / name), *args], cwd=place, text=True, encoding='utf-8',
-                          capture_output=True, timeout=120)
 
 
 def test_rows_are_rounded_to_the_nearest_of_255_steps():

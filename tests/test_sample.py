@@ -1,10 +1,7 @@
 """sample.py: the function that others import, and the script. checkpoint.py: what is loaded and what is refused."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,9 @@ from checkpoint import build_model, load_checkpoint, pick_checkpoint, save_check
 from configurator import UserError
 from model import GPT, GPTConfig
 from sample import STYLES, generate_texts
+from scripts import run
 from tokenizer import train_bpe, train_char
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = 'the cat sat on the mat. 猫坐在垫子上。🐈 ' * 20
 
 
@@ -34,10 +31,8 @@ def bpe():
     return train_bpe([TEXT], 300)
 
 
-def run(place, *args, stdin=''):
-    return subprocess.run([sys.executable, str(ROOT / 'sample.py'), '--device=cpu', *args], cwd=place, input=stdin,
-                          text=True, encoding='utf-8', capture_output=True, timeout=120,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+def sample(place, *args, stdin=''):
+    return run(place, 'sample.py', '--device=cpu', *args, input=stdin)
 
 
 @pytest.fixture(scope='module')
@@ -107,7 +102,7 @@ def test_ids_that_only_pad_the_vocabulary_never_come_out():
 # the script
 
 def test_the_newest_run_is_found_and_the_output_is_in_the_documented_form(place):
-    done = run(place, '--prompt=the', '--style', 'creative', '--num_samples=3', '--max_new_tokens=8')
+    done = sample(place, '--prompt=the', '--style', 'creative', '--num_samples=3', '--max_new_tokens=8')
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('[Sample 1] the') and '\n[Sample 3] the' in done.stdout
     assert done.stdout.endswith('✔ Generation complete.\n')
@@ -115,7 +110,8 @@ def test_the_newest_run_is_found_and_the_output_is_in_the_documented_form(place)
 
 def test_prompts_from_a_file_go_to_a_file(place):
     (place / 'prompts.txt').write_text('\ufeffthe cat\n\n猫坐\n', encoding='utf-8')
-    done = run(place, '--prompts_file=prompts.txt', '--output_file=answers.jsonl', '--temperature=0', '--dtype=float32')
+    done = sample(place, '--prompts_file=prompts.txt', '--output_file=answers.jsonl', '--temperature=0',
+                  '--dtype=float32')
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (place / 'answers.jsonl').read_text(encoding='utf-8').splitlines()]
     assert [r['prompt'] for r in rows] == ['the cat', '猫坐']
@@ -125,15 +121,15 @@ def test_prompts_from_a_file_go_to_a_file(place):
 
 
 def test_interactive_answers_until_the_input_ends(place):
-    done = run(place, '--interactive', '--max_new_tokens=5', stdin='the\ncat\n')
+    done = sample(place, '--interactive', '--max_new_tokens=5', stdin='the\ncat\n')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('[Sample 1]') == 2 and '[Sample 1] cat' in done.stdout
 
 
 def test_a_setting_by_hand_wins_over_the_style(place):
     # wild keeps every token; with top_k=1 by hand it is greedy all the same
-    wild = run(place, '--style=wild', '--top_k=1', '--prompt=the', '--dtype=float32', '--max_new_tokens=20').stdout
-    greedy = run(place, '--temperature=0', '--prompt=the', '--dtype=float32', '--max_new_tokens=20').stdout
+    wild = sample(place, '--style=wild', '--top_k=1', '--prompt=the', '--dtype=float32', '--max_new_tokens=20').stdout
+    greedy = sample(place, '--temperature=0', '--prompt=the', '--dtype=float32', '--max_new_tokens=20').stdout
     assert wild == greedy
     assert STYLES['wild'] == (1.3, 0, 1.0) and STYLES['creative'] == (0.9, 100, 0.95)
 

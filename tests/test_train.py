@@ -17,8 +17,8 @@ import torch
 
 from checkpoint import build_model, load_checkpoint
 from metrics import TimeToFinish
+from scripts import ROOT, command, run
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--total_batch_size=0',
         '--learning_rate=1e-3', '--min_lr=1e-4', '--warmup_steps=2', '--eval_iters=3', '--device=cpu',
         '--tensorboard=false']
@@ -31,29 +31,14 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp('train')
     text = ''.join(topics[name] for name in sorted(topics)[:20])[:60000]
     (place / 'text.txt').write_text(text, encoding='utf-8')
-    done = script(place, 'prepare_data.py', '--dataset=custom', '--input=text.txt', '--tokenizer=char',
+    done = run(place, 'prepare_data.py', '--dataset=custom', '--input=text.txt', '--tokenizer=char',
                   '--out=data/tiny')
     assert done.returncode == 0, done.stderr
     return place
 
 
-def command(name, *args, processes=1):
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    return [*launcher, str(ROOT / name), *args]
-
-
-def environment():
-    return {**os.environ, 'PYTHONUNBUFFERED': '1'}
-
-
-def script(place, name, *args, processes=1):
-    return subprocess.run(command(name, *args, processes=processes), cwd=place, env=environment(), text=True,
-                          encoding='utf-8', capture_output=True, timeout=300)
-
-
 def train(place, out, *args, processes=1):
-    done = script(place, 'train.py', '--dataset=tiny', f'--out_dir={out}', *TINY, *args, processes=processes)
+    done = run(place, 'train.py', '--dataset=tiny', f'--out_dir={out}', *TINY, *args, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -69,7 +54,7 @@ def losses(place, out):
 def stop(place, out, signum, *args, after):
     """Start training and send `signum` once step `after` is in the log; returns the exit status, and the output."""
     process = subprocess.Popen(command('train.py', '--dataset=tiny', f'--out_dir={out}', *TINY, *args), cwd=place,
-                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = place / out / 'metrics.jsonl'
     deadline = time.time() + 120
     while not (log.exists() and f'"step": {after},' in log.read_text(encoding='utf-8')):
@@ -179,7 +164,7 @@ def test_steps_that_are_not_finite_never_reach_the_weights(place):
     # a row of data that no model can digest: one embedding is infinite, so every step that meets it is not finite
     checkpoint['model']['transformer.wpe.weight'][5] = math.inf
     torch.save(checkpoint, path)
-    done = script(place, 'train.py', '--dataset=tiny', '--out_dir=out/nan', *TINY, '--max_steps=100',
+    done = run(place, 'train.py', '--dataset=tiny', '--out_dir=out/nan', *TINY, '--max_steps=100',
                   '--eval_interval=0', '--dtype=float32', '--init_from=resume')
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert '10 steps in a row were not finite' in done.stderr and 'lower --learning_rate' in done.stderr
@@ -188,8 +173,8 @@ def test_steps_that_are_not_finite_never_reach_the_weights(place):
 
 
 def test_overfitting_one_batch_drives_the_loss_below_a_twentieth(place):
-    assert script(place, 'prepare_data.py').returncode == 0
-    done = script(place, 'train.py', str(ROOT / 'config/overfit_one_batch.py'), '--tensorboard=false')
+    assert run(place, 'prepare_data.py').returncode == 0
+    done = run(place, 'train.py', str(ROOT / 'config/overfit_one_batch.py'), '--tensorboard=false')
     assert done.returncode == 0, done.stderr
     assert losses(place, 'out/overfit_one_batch')[180] < 0.05
 
@@ -199,10 +184,10 @@ def test_the_26m_recipe_has_26m_parameters_and_trains_on_real_text(place):
     library = sorted(Path(os.__file__).parent.glob('*.py'))
     (place / 'library.txt').write_text('\n'.join(p.read_text(encoding='utf-8', errors='ignore') for p in library),
                                        encoding='utf-8')
-    done = script(place, 'prepare_data.py', '--dataset=custom', '--input=library.txt', '--tokenizer=bpe',
+    done = run(place, 'prepare_data.py', '--dataset=custom', '--input=library.txt', '--tokenizer=bpe',
                   '--vocab_size=32768', '--out=data/library')
     assert done.returncode == 0, done.stderr
-    done = script(place, 'train.py', str(ROOT / 'config/train_26m.py'), '--dataset=library', '--max_steps=2',
+    done = run(place, 'train.py', str(ROOT / 'config/train_26m.py'), '--dataset=library', '--max_steps=2',
                   '--batch_size=2', '--total_batch_size=2048', '--eval_iters=2', '--tensorboard=false')
     assert done.returncode == 0, done.stderr
     parameters = int(re.search(r'^([\d,]+) parameters', done.stdout, re.M)[1].replace(',', ''))
@@ -229,7 +214,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it(place):
     flipped = bytearray(damaged)
     flipped[len(flipped) // 2] ^= 1
     (out / 'checkpoint.pt').write_bytes(flipped)
-    done = script(place, 'train.py', '--dataset=tiny', '--out_dir=out/crash', *TINY, '--max_steps=6',
+    done = run(place, 'train.py', '--dataset=tiny', '--out_dir=out/crash', *TINY, '--max_steps=6',
                   '--eval_interval=0')
     assert done.returncode == 0, done.stderr
     assert 'checkpoint.pt is damaged' in done.stderr and '_checkpoint.pt at step 4' in done.stdout
@@ -254,11 +239,10 @@ def test_a_finished_run_is_left_as_it_is_and_a_resumed_one_says_what_changed(pla
 
 
 def test_mfu_stays_below_all_there_is_even_if_the_peak_was_timed_on_a_busy_machine(place):
-    run = ('import device, runpy, sys; device.peak_flops = lambda *_: 1.0; sys.argv.pop(0); '
-           'runpy.run_path(sys.argv[0], run_name="__main__")')
-    args = ['--dataset=tiny', '--out_dir=out/busy', *TINY, '--max_steps=3', '--eval_interval=0']
-    done = subprocess.run([sys.executable, '-c', run, str(ROOT / 'train.py'), *args], cwd=place, capture_output=True,
-                          text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=100)
+    (place / 'busy.py').write_text('import device, runpy, sys\ndevice.peak_flops = lambda *_: 1.0\nsys.argv.pop(0)\n'
+                                   'runpy.run_path(sys.argv[0], run_name="__main__")\n', encoding='utf-8')
+    done = run(place, place / 'busy.py', ROOT / 'train.py', '--dataset=tiny', '--out_dir=out/busy', *TINY,
+               '--max_steps=3', '--eval_interval=0', env={'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr
     mfu = [m['mfu'] for m in metrics(place, 'out/busy') if 'mfu' in m]
     assert mfu[0] == 1 and max(mfu) <= 1
@@ -291,13 +275,13 @@ GPT2 = ['--dataset=words', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_
 @pytest.fixture(scope='module')
 def words(place):
     """The same prose in GPT-2's tokens, and questions like HellaSwag's."""
-    done = script(place, 'prepare_data.py', '--dataset=custom', '--input=text.txt', '--tokenizer=gpt2',
+    done = run(place, 'prepare_data.py', '--dataset=custom', '--input=text.txt', '--tokenizer=gpt2',
                   '--out=data/words')
     assert done.returncode == 0, done.stderr
     sentences = re.findall(r'[^.\n]{20,80}', (place / 'text.txt').read_text(encoding='utf-8'))[:100]
     rows = [{'ctx': sentences[i], 'endings': sentences[i + 1:i + 5], 'label': str(i % 4)} for i in range(0, 95, 5)]
     (place / 'questions.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
-    done = script(place, 'train.py', *GPT2, '--out_dir=out/words')
+    done = run(place, 'train.py', *GPT2, '--out_dir=out/words')
     assert done.returncode == 0, done.stderr
     return place
 
@@ -317,18 +301,18 @@ def same_numbers(place, a, b):
 
 
 def test_a_run_of_gpt2s_recipe_evaluates_asks_hellaswag_samples_and_resumes(words):
-    out = script(words, 'train.py', *GPT2, '--out_dir=out/resumed', '--max_steps=8').stdout
+    out = run(words, 'train.py', *GPT2, '--out_dir=out/resumed', '--max_steps=8').stdout
     assert re.search(r'^HellaSwag accuracy: (\d+)/19=0\.\d{4}$', out, re.M) and out.count('HellaSwag accuracy') == 2
     assert out.count("sample 0: Hello, I'm a language model,") == 2
     hellaswag = [m['hellaswag'] for m in metrics(words, 'out/resumed') if 'hellaswag' in m]
     assert [f'{x:.4f}' for x in hellaswag] == re.findall(r'HellaSwag accuracy: .*=(.*)', out)
     (words / 'out/resumed/final_checkpoint.pt').unlink()
     # back to step 4, which the best checkpoint may not be: take the numbered one
-    script(words, 'train.py', *GPT2, '--out_dir=out/cut', '--checkpoint_interval=4')
+    run(words, 'train.py', *GPT2, '--out_dir=out/cut', '--checkpoint_interval=4')
     for path in (words / 'out/cut').glob('*.pt'):
         if path.name != 'checkpoint_iter_4.pt':
             path.unlink()
-    done = script(words, 'train.py', *GPT2, '--out_dir=out/cut')
+    done = run(words, 'train.py', *GPT2, '--out_dir=out/cut')
     assert 'at step 4' in done.stdout, done.stderr
     assert numbers(words, 'out/cut') == numbers(words, 'out/words')
 
@@ -339,8 +323,8 @@ def test_two_processes_give_the_same_losses_and_accuracies_with_and_without_zero
     one = 'out/words'
     if 'muon' in name:
         one = 'out/muon'
-        script(words, 'train.py', *GPT2, '--optimizer=muon', f'--out_dir={one}')
-    done = script(words, 'train.py', *GPT2, *options, f'--out_dir={name}', processes=2)
+        run(words, 'train.py', *GPT2, '--optimizer=muon', f'--out_dir={one}')
+    done = run(words, 'train.py', *GPT2, *options, f'--out_dir={name}', processes=2)
     assert done.returncode == 0, done.stderr
     assert same_numbers(words, one, name)
 
@@ -361,11 +345,11 @@ def test_a_run_with_zero_goes_on_without_it_and_the_reverse(words):
     halfway = ['--checkpoint_interval=4', '--keep_checkpoints=0']
     for first, then in ((2, 1), (1, 2)):
         out = f'out/zero{first}{then}'
-        script(words, 'train.py', *GPT2, *halfway, f'--out_dir={out}', '--zero=1', processes=first)
+        run(words, 'train.py', *GPT2, *halfway, f'--out_dir={out}', '--zero=1', processes=first)
         for path in (words / out).glob('*.pt'):
             if path.name != 'checkpoint_iter_4.pt':
                 path.unlink()
-        done = script(words, 'train.py', *GPT2, f'--out_dir={out}', '--zero=1', processes=then)
+        done = run(words, 'train.py', *GPT2, f'--out_dir={out}', '--zero=1', processes=then)
         assert 'at step 4' in done.stdout, done.stderr
         assert same_numbers(words, 'out/words', out)
 
@@ -377,7 +361,7 @@ def machines(place, folders, *args):
         port = s.getsockname()[1]
     launch = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
               '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--local_addr=127.0.0.1']
-    agents = [subprocess.Popen([*launch, str(ROOT / 'train.py'), *args], cwd=place / folder, env=environment(),
+    agents = [subprocess.Popen([*launch, str(ROOT / 'train.py'), *args], cwd=place / folder,
                                text=True, encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
               for folder in folders]
     return [(agent.communicate(timeout=200)[0], agent.returncode) for agent in agents]
@@ -404,18 +388,18 @@ def test_finetuning_published_weights_starts_there_and_goes_on_where_it_stopped(
     theirs = GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(words / 'published')
     options = [*GPT2, '--init_from=published', '--out_dir=out/finetuned', '--hellaswag_interval=0']
-    done = script(words, 'train.py', *options, '--dropout=0.1', '--max_steps=4')
+    done = run(words, 'train.py', *options, '--dropout=0.1', '--max_steps=4')
     assert 'starting from the weights of published' in done.stdout, done.stderr
     assert '\nvalidation loss' in done.stdout.split('step     0')[0]            # before any training
     model = build_model(load_checkpoint(words / 'out/finetuned/checkpoint.pt'))
     assert (model.config.n_layer, model.config.block_size, model.config.vocab_size) == (1, 32, 50257)
-    done = script(words, 'train.py', *options, '--dropout=0.1')
+    done = run(words, 'train.py', *options, '--dropout=0.1')
     assert 'resuming from' in done.stdout and 'at step 4' in done.stdout, done.stderr
-    done = script(words, 'train.py', *options, '--dropout=0.1', '--init_from=resume', '--max_steps=10')
+    done = run(words, 'train.py', *options, '--dropout=0.1', '--init_from=resume', '--max_steps=10')
     assert 'at step 8' in done.stdout, done.stderr
-    done = script(words, 'train.py', *options, '--block_size=16')
+    done = run(words, 'train.py', *options, '--block_size=16')
     assert done.returncode == 2 and 'block_size' in done.stderr
     before = (words / 'out/finetuned/checkpoint.pt').read_bytes()
-    done = script(words, 'train.py', *options, '--init_from=out/finetuned/checkpoint.pt')      # not what it began with
+    done = run(words, 'train.py', *options, '--init_from=out/finetuned/checkpoint.pt')      # not what it began with
     assert done.returncode == 2 and 'published' in done.stderr and '--out_dir' in done.stderr
     assert (words / 'out/finetuned/checkpoint.pt').read_bytes() == before

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from dataset import TokenDataset, dataset_tokenizer, find_dataset, read_meta
 from eval_zh import UNKNOWN, count, evaluate, load_questions
 from model import GPT, GPTConfig
 from sample import begins_badly, generate_texts, normalize_question, not_first
+from scripts import ROOT, run
 from tokenizer import train_bpe
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / 'data' / 'zh_qa'
 FILES = ('train', 'val', 'heldout', 'heldout_forms', 'heldout_unknown')
 
@@ -28,8 +27,7 @@ def rows(name, folder=DATA):
 
 
 def prepare(place, *args):
-    return subprocess.run([sys.executable, str(ROOT / 'prepare_zh.py'), *args], cwd=place, text=True, encoding='utf-8',
-                          capture_output=True, timeout=300)
+    return run(place, 'prepare_zh.py', *args)
 
 
 def made(place, *args, out='made'):
@@ -297,8 +295,7 @@ def test_the_default_recipe_answers_questions_it_has_never_seen(tmp_path):
     """The README's first command, with its figures lowered a little, since this is one seed on any machine."""
     (tmp_path / 'data').mkdir()
     assert prepare(tmp_path).returncode == 0
-    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), str(ROOT / 'config/train_zh.py')], cwd=tmp_path,
-                          capture_output=True, text=True, encoding='utf-8', timeout=550)
+    done = run(tmp_path, 'train.py', ROOT / 'config/train_zh.py', timeout=550)
     assert done.returncode == 0, done.stderr
     assert 'held-out questions: ' in done.stdout and 'total time: ' in done.stdout
     checkpoint = load_checkpoint(tmp_path / 'out/zh/final_checkpoint.pt')
