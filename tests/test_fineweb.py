@@ -1,4 +1,5 @@
 """FineWeb-Edu to shards: exactly the documents' tokens, whatever stops it on the way, from a hub on this machine."""
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -26,9 +27,10 @@ import tiktoken
 from hub import Hub
 from pydoc_data.topics import topics
 
+import configurator
 import dataset
 import download
-from configurator import UserError, configure
+from configurator import UserError
 from dataset import TokenDataset, dataset_tokenizer, find_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,8 +115,9 @@ def make(*args, batch=3000):
     """The script in this process, with no worker processes and in small batches. Raises what it would end with."""
     spec = importlib.util.spec_from_file_location('fineweb_under_test', SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    configure(vars(module), list(args))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configurator, 'configure', functools.partial(configurator.configure, argv=list(args)))
+        spec.loader.exec_module(module)
 
     @contextmanager
     def inline(count):

@@ -152,7 +152,7 @@ def test_nanogpts_own_checkpoint_loads_and_samples(tmp_path):
     loaded = build_model(load_checkpoint(tmp_path / 'out/ckpt.pt'))
     idx = torch.randint(len(chars), (2, 9))
     assert torch.equal(loaded(idx)[0], model(idx)[0])
-    done = run(tmp_path, '--prompt=abc', '--max_new_tokens=5')
+    done = sample(tmp_path, '--prompt=abc', '--max_new_tokens=5')
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('[Sample 1] abc')
 
