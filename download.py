@@ -204,7 +204,9 @@ def hub_download(repo, filename, folder, *, name=None, repo_type='model', revisi
                 # 2) fetch the rest of it, if there is a SHA-256 to tell whether it is that
                 have = part.stat().st_size if digest and part.exists() else 0
                 have = 0 if have > (total or 0) else have
-                if meta.xet_file_data and not have and by_xet(part, repo, filename, token=token, **where):
+                # whoever names a mirror wants the bytes from there; and what Xet has begun cannot be gone on with
+                by_chunks = meta.xet_file_data and endpoint == HUB and not have
+                if by_chunks and by_xet(part, repo, filename, token=token, **where):
                     return total, digest
                 headers = {**library.utils.build_hf_headers(token=token), 'Accept-Encoding': 'identity'}
                 try:

@@ -56,8 +56,8 @@ class Hub:
     def fail(self, pattern, times=1, **fault):
         """The next requests, to either host, whose path the pattern is found in go wrong. fault: status=, headers={},
         method= of these alone; and for requests that are not HEAD: body= instead of the file, ignore_range=True,
-        cut= after so many bytes (by a reset if reset=True), hold= an Event to wait for before the body, or if
-        at_half=True after half of it."""
+        cut= after so many bytes (by a reset if reset=True), hold= an Event to wait for before the body, or after half
+        of it if at_half=True."""
         self.faults += [(pattern, fault)] * times
 
     def fetched(self):
@@ -105,7 +105,8 @@ class Hub:
         elif 'ETag' in headers and not fault.get('ignore_range'):
             status, body = self._range(handler, headers, body)
         headers = {'Connection': 'close', 'Content-Length': len(body), **headers, **fault.get('headers', {})}
-        self.requests.append(Request(host, handler.command, handler.path, dict(handler.headers), status))
+        sent = {name.title(): value for name, value in handler.headers.items()}
+        self.requests.append(Request(host, handler.command, handler.path, sent, status))
         handler.send_response(status)
         for name, value in headers.items():
             handler.send_header(name, str(value))

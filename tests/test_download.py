@@ -495,7 +495,8 @@ def test_redirects_are_bounded(fetch, hub, tmp_path, naps):
 def xet(hub, monkeypatch):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', False)
-    hub.xet = ('http://127.0.0.1:9', {})        # as a mirror passes on what the hub says, and nobody listens there
+    monkeypatch.setattr(module, 'HUB', hub.endpoint)
+    hub.xet = ('http://127.0.0.1:9', {})        # nobody listens there
     return constants
 
 
@@ -508,9 +509,12 @@ def test_where_no_xet_can_be_reached_http_remains_and_soon(xet, on_the_hub, hub,
     assert [r.method for r in hub.requests] == ['HEAD', 'GET']      # and it is not tried again
 
 
-def test_xet_can_be_disabled(xet, on_the_hub, hub, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(xet, 'HF_HUB_DISABLE_XET', True)
-    (tmp_path / 'f.bin.part.xet' / 'left by a killed process').mkdir(parents=True)
+@pytest.mark.parametrize('mirror', [False, True])
+def test_xet_can_be_disabled_and_is_not_asked_behind_a_mirror(mirror, xet, on_the_hub, hub, tmp_path, capsys,
+                                                              monkeypatch):
+    monkeypatch.setattr(*(module, 'HUB', 'https://huggingface.co') if mirror else (xet, 'HF_HUB_DISABLE_XET', True))
+    if not mirror:
+        (tmp_path / 'f.bin.part.xet' / 'left by a killed process').mkdir(parents=True)
     assert on_the_hub(tmp_path).read_bytes() == BODY and only(tmp_path) == ['f.bin']
     assert [r.method for r in hub.requests] == ['HEAD', 'GET'] and 'Xet' not in capsys.readouterr().err
 
