@@ -89,21 +89,19 @@ _BOOLS = {'true': True, '1': True, 'false': False, '0': False}
 
 # what nanoGPT, transformers and others call our settings
 _CALLED_ELSEWHERE = {
-    'learning_rate': 'lr max_lr peak_lr', 'min_lr': 'decay_lr lr_min end_lr', 'weight_decay': 'wd',
-    'max_steps': 'max_iters lr_decay_iters num_train_epochs epochs num_steps steps eval_only',
-    'warmup_steps': 'warmup_iters warmup_ratio', 'grad_clip': 'max_grad_norm clip', 'optimizer': 'optim',
-    'total_batch_size': 'gradient_accumulation_steps grad_accum_steps grad_accum accumulate_grad_batches',
-    'batch_size': 'per_device_train_batch_size device_batch_size micro_batch_size bs',
-    'block_size': 'context_length seq_len seq_length max_seq_len sequence_length max_position_embeddings n_ctx',
-    'n_embd': 'hidden_size d_model dim embed_dim n_embed', 'n_layer': 'num_hidden_layers num_layers n_layers depth',
+    'learning_rate': 'lr max_lr', 'min_lr': 'lr_min decay_lr', 'max_steps': 'max_iters lr_decay_iters num_steps epochs '
+    'num_train_epochs eval_only', 'warmup_steps': 'warmup_iters warmup_ratio', 'grad_clip': 'max_grad_norm',
+    'total_batch_size': 'gradient_accumulation_steps grad_accum_steps', 'weight_decay': 'wd', 'optimizer': 'optim',
+    'batch_size': 'per_device_train_batch_size device_batch_size micro_batch_size',
+    'block_size': 'context_length seq_len max_seq_len max_seq_length sequence_length max_position_embeddings n_ctx',
+    'n_embd': 'hidden_size d_model dim n_embed', 'n_layer': 'num_hidden_layers num_layers n_layers depth',
     'n_head': 'num_attention_heads num_heads n_heads', 'n_kv_head': 'num_key_value_heads n_kv_heads',
-    'n_inner': 'intermediate_size ffn_dim d_ff', 'mlp': 'activation hidden_act', 'dtype': 'bf16 fp16 amp precision',
-    'eval_interval': 'eval_steps', 'log_interval': 'logging_steps', 'eval_iters': 'eval_batches',
-    'checkpoint_interval': 'save_steps always_save_checkpoint', 'out_dir': 'output_dir', 'dataset': 'data_dir',
-    'init_from': 'resume resume_from_checkpoint model model_name_or_path model_path checkpoint ckpt ckpt_path',
-    'tensorboard': 'wandb wandb_log wandb_project wandb_run_name report_to', 'beta1': 'adam_beta1',
-    'beta2': 'adam_beta2', 'prompt': 'start text', 'max_new_tokens': 'max_tokens max_length length num_tokens',
-    'temperature': 'temp', 'num_samples': 'num_return_sequences', 'output_file': 'output', 'input': 'input_file',
+    'n_inner': 'intermediate_size', 'mlp': 'hidden_act', 'dtype': 'bf16 fp16 amp precision', 'beta1': 'adam_beta1',
+    'eval_interval': 'eval_steps', 'log_interval': 'logging_steps', 'beta2': 'adam_beta2', 'out_dir': 'output_dir',
+    'checkpoint_interval': 'save_steps always_save_checkpoint', 'dataset': 'data_dir', 'temperature': 'temp',
+    'init_from': 'resume resume_from_checkpoint model model_name_or_path model_path checkpoint ckpt_path',
+    'tensorboard': 'wandb_log wandb_project wandb_run_name report_to', 'prompt': 'start',
+    'max_new_tokens': 'max_tokens max_length', 'num_samples': 'num_return_sequences',
 }
 
 

@@ -14,10 +14,9 @@ import zlib
 from collections import namedtuple
 from pathlib import Path
 
-from tqdm import tqdm
-
 from configurator import UserError
 from dataset import ShardWriter, install_dataset
+from metrics import progress_bar
 
 PIECE = 1 << 20             # characters of plain text read at a time, and encoded as one string at most
 BATCH = 1 << 22             # characters handed to the tokenizer at a time
@@ -62,7 +61,7 @@ def read_documents(paths, separator='', template='', encoding='auto', doing='rea
     Raises UserError naming file and line for what cannot be read.
     """
     total = sum(p.stat().st_size for p in paths)
-    with tqdm(total=total, desc=doing, unit='B', unit_scale=True, disable=None, delay=1) as bar:
+    with progress_bar(total=total, desc=doing, unit='B', unit_scale=True) as bar:
         for number, path in enumerate(paths):
             with open(path, 'rb') as raw:
                 position = 0

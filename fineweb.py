@@ -20,9 +20,7 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
-import time
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from tqdm import tqdm
 
 from configurator import UserError, configure
 from download import hub_download, hub_files
@@ -42,6 +39,7 @@ from tokenizer import gpt2_tokenizer
 if __name__ != '__mp_main__':   # a worker process does without these, and so without the size of PyTorch
     from corpus import find_inputs, read_file
     from dataset import FINEWEB_RECORD, HEADER, ShardWriter, meta_text, open_shard
+    from metrics import progress_bar
 
 # -----------------------------------------------------------------------------
 # what
@@ -217,11 +215,12 @@ def make_shards(folder, k, tag, files, record, save):
     n_workers = min(n_workers, 61) if os.name == 'nt' else n_workers        # Windows can wait for no more
     all_bytes, writer = sum(file['size'] for file in files), None
 
-    with worker_pool(n_workers) as pool, progress_bar() as show:
+    with worker_pool(n_workers) as pool, progress_bar(desc='tokens', initial=count, unit='', unit_scale=True) as bar:
         for (number, piece, offset), read, tokens in token_stream(pool, files, record['place'], count, most,
                                                                   window=3 * n_workers):
-            show(count, count + len(tokens), most or (count + len(tokens)) * all_bytes // max(read, 1))
             count += len(tokens)
+            bar.total = max(count, most or count * all_bytes // max(read, 1))
+            bar.update(len(tokens))
             while len(tokens):
                 if writer is None:
                     split = 'val' if k == 1 and not shards['val'] else 'train'
@@ -291,29 +290,6 @@ def fetch_shards(folder, k, tag, files, record, save):
             save()
     record.update(place=None, done=True)
     save()
-
-
-@contextmanager
-def progress_bar():
-    """Gives show(tokens before, tokens now, total): a bar on standard error, or in a log a line now and then."""
-    bar, due = None, time.monotonic() + 30
-    is_log = not sys.stderr.isatty()
-    with open(os.devnull, 'w', encoding='utf-8') as nowhere:
-
-        def show(before, now, total):
-            nonlocal bar, due
-            if bar is None:     # made late: neither tokens of an earlier run nor waiting for a download are speed
-                bar = tqdm(desc='tokens', initial=before, total=total, unit='', unit_scale=True,
-                           file=nowhere if is_log else None)
-            bar.total = max(total, now)
-            bar.update(now - before)
-            if is_log and time.monotonic() > due:
-                due += 30
-                print(bar, file=sys.stderr, flush=True)
-
-        yield show
-        if bar is not None:
-            bar.close()
 
 # -----------------------------------------------------------------------------
 # the record of what is done

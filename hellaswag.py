@@ -15,12 +15,12 @@ import time
 from collections import namedtuple
 
 import torch
-from tqdm import tqdm
 
 from checkpoint import load_for_use
 from configurator import UserError, configure
 from device import from_everyone, init_distributed, leave_distributed, pick_device, pick_dtype
 from download import DownloadError, hub_download
+from metrics import progress_bar
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint, a published model, or a folder; auto = out_dir, or the newest run in it
@@ -191,7 +191,7 @@ def main():
 
     start, so_far = time.time(), []
     share = len(range(rank, len(questions), world_size))
-    with tqdm(total=share, desc='HellaSwag', unit='q', disable=None if rank == 0 else True) as bar:
+    with progress_bar(total=share, desc='HellaSwag', unit='q', disable=rank > 0) as bar:
         def progress(new):
             so_far.extend(new)
             bar.set_postfix_str(f'acc_norm {count(so_far, questions)[0] / len(so_far):.4f}', refresh=False)

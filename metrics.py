@@ -1,11 +1,15 @@
-"""The numbers of a run: out_dir/metrics.jsonl, one object a line, and the same for TensorBoard in out_dir/tb."""
+"""The numbers of a run: out_dir/metrics.jsonl, one object a line, and the same for TensorBoard in out_dir/tb. And how
+far any long work has come."""
 
 import json
 import os
 import statistics
+import sys
 import time
 from collections import deque
 from pathlib import Path
+
+from tqdm import tqdm
 
 from configurator import UserError
 from files import write_text_atomically
@@ -63,3 +67,22 @@ class TimeToFinish:
             return None
         self.end = now + left
         return left / 60
+
+
+def progress_bar(**options):
+    """A tqdm bar on standard error; where that is no terminal but a log, a plain line every half minute."""
+    if sys.stderr.isatty():
+        return tqdm(delay=1, **options)
+    return tqdm(file=_Lines(), mininterval=30, delay=30, **options,
+                bar_format='{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]')
+
+
+class _Lines:
+    """A file that makes lines of what a bar writes over and over."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass

@@ -1,8 +1,7 @@
 # GPT-2 large (774M) on FineWeb-Edu, 10B tokens.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_large.py
-# First: python fineweb.py.  8 x H100 80 GB: about 4.6 hours at 40% MFU, 45 GB on each GPU (both estimates:
-# python bench.py --costs); on one GPU eight times as long. OpenAI's own weights have HellaSwag 0.4320
-# (config/eval_gpt2_large.py); what 10B tokens reach has not been measured here.
+# 8 x H100 80 GB: about 4.6 hours at 40% MFU, 45 GB on each GPU (estimates: python bench.py --costs). OpenAI's weights
+# have HellaSwag 0.4320; what 10B tokens reach has not been measured here.
 include('train_gpt2.py')        # all of it, but for:
 
 out_dir, preset = 'out/gpt2_large', 'gpt2-large'

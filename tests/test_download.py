@@ -552,10 +552,10 @@ def test_offline_uses_what_is_there_or_says_what_is_missing(name, value, fetch, 
     assert hub.requests == [] and only(tmp_path) == ['f.bin'] and (tmp_path / 'f.bin').read_bytes() == BODY
 
 
-@pytest.mark.parametrize('value', ['', '0', 'false', 'no', 'off'])
-def test_offline_can_be_denied(value, fetch, tmp_path, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', value)
-    assert fetch(tmp_path).read_bytes() == BODY
+def test_offline_can_be_denied(monkeypatch):
+    for value in ('', '0', 'false', 'no', 'off'):
+        monkeypatch.setenv('HF_HUB_OFFLINE', value)
+        assert module.offline() is None
 
 # -----------------------------------------------------------------------------
 # the disk, and sharing it
