@@ -1,11 +1,61 @@
 """The project's scripts, run as their users run them: as processes of their own."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+NUMBERS = count()
+PROCESS = {}            # the process that starts scripts for this one, as soon as there is one
+
+# Starting a script takes seconds of imports, and there are hundreds of starts: here they are done once, before forking.
+LAUNCHER = '''
+import atexit, gc, json, os, runpy, sys, threading, time
+import numpy, pyarrow.parquet, safetensors.torch, tiktoken, tokenizers, torch, tqdm
+gc.freeze()
+for line in sys.stdin:
+    job = json.loads(line)
+    if 'wait' in job:
+        deadline, pid = time.monotonic() + job['timeout'], 0
+        while not pid and time.monotonic() < deadline:
+            pid, status = os.waitpid(job['wait'], os.WNOHANG)
+            time.sleep(0 if pid else 0.002)
+        print(os.waitstatus_to_exitcode(status) if pid else 'late', flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        break
+    print(pid, flush=True)
+else:
+    sys.exit()
+os.setsid()
+os.chdir(job['cwd'])
+os.environ.clear()
+os.environ.update(job['env'])
+for fd in range(3):
+    os.dup2(os.open(job['files'][fd], os.O_RDWR | os.O_CREAT), fd)
+sys.stdin, sys.argv = open(0, encoding='utf-8'), job['argv']
+sys.path[0] = os.path.dirname(job['argv'][0])
+status = 0
+try:
+    try:
+        runpy.run_path(job['argv'][0], run_name='__main__')
+    except Exception:
+        status = 1
+        sys.excepthook(*sys.exc_info())
+except BaseException as e:
+    status = e.code or 0 if isinstance(e, SystemExit) else 130
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)        # to take all modules apart would take longer than the script
+'''
 
 
 def command(name, *args, processes=1):
@@ -14,10 +64,61 @@ def command(name, *args, processes=1):
     return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, args)]
 
 
-def run(place, name, *args, processes=1, env=None, **options):
-    """The finished process of a script that ran in the folder `place`; env: variables to add or change."""
-    options = dict(text=True, encoding='utf-8', capture_output=True, timeout=300, stdin=subprocess.DEVNULL) | options
-    if 'input' in options:
-        del options['stdin']
-    return subprocess.run(command(name, *args, processes=processes), cwd=place, env={**os.environ, **(env or {})},
-                          **options)
+class Script:
+    """A process of a script, running in the folder `place`. env: variables to add or change."""
+
+    def __init__(self, place, name, *args, env=None, input=''):
+        self.argv = [str(ROOT / name), *map(str, args)]
+        self.mark = f'SCRIPT_UNDER_TEST={os.getpid()}.{next(NUMBERS)}'      # its workers can be told by this
+        self.files = [Path(tempfile.gettempdir(), f'{self.mark[18:]}.{end}') for end in ('in', 'out', 'err')]
+        for path in self.files:
+            path.write_text(input if path.suffix == '.in' else '', encoding='utf-8')
+        env = {**os.environ, **(env or {}), **dict([self.mark.split('=')])}
+        self.pid = int(_ask(argv=self.argv, cwd=os.path.abspath(place), env=env, files=list(map(str, self.files))))
+
+    def send(self, signal_number, group=False):
+        (os.killpg if group else os.kill)(self.pid, signal_number)
+
+    def wait(self, timeout=300):
+        """The exit status, once it has ended; (self.out, self.err) is what it said."""
+        status = _ask(wait=self.pid, timeout=timeout)
+        if status == 'late':
+            self.send(signal.SIGKILL, group=True)
+            _ask(wait=self.pid, timeout=10)
+        self.out, self.err = (path.read_text(encoding='utf-8') for path in self.files[1:])
+        for path in self.files:
+            path.unlink()
+        if status == 'late':
+            raise subprocess.TimeoutExpired(self.argv, timeout, self.out, self.err)
+        return int(status)
+
+    def alive(self):
+        """The process ids of its workers, where the system tells."""
+        found = []
+        for path in Path('/proc').glob('[0-9]*/environ'):
+            try:
+                if self.mark.encode() in path.read_bytes().split(b'\0'):
+                    found.append(int(path.parent.name))
+            except OSError:
+                pass
+        return found
+
+
+def _ask(**job):
+    if os.getpid() not in PROCESS:
+        PROCESS[os.getpid()] = subprocess.Popen([sys.executable, '-c', LAUNCHER], text=True, stdin=subprocess.PIPE,
+                                                stdout=subprocess.PIPE)
+    launcher = PROCESS[os.getpid()]
+    launcher.stdin.write(json.dumps(job) + '\n')
+    launcher.stdin.flush()
+    return launcher.stdout.readline().strip()
+
+
+def run(place, name, *args, processes=1, env=None, input='', timeout=300):
+    """A script that has run in the folder `place`, as a CompletedProcess; env: variables to add or change."""
+    if processes > 1 or not hasattr(os, 'fork'):
+        return subprocess.run(command(name, *args, processes=processes), cwd=place, env={**os.environ, **(env or {})},
+                              input=input, timeout=timeout, text=True, encoding='utf-8', capture_output=True)
+    script = Script(place, name, *args, env=env, input=input)
+    status = script.wait(timeout)
+    return subprocess.CompletedProcess(script.argv, status, script.out, script.err)

@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -33,8 +32,8 @@ import download
 from configurator import UserError
 from dataset import TokenDataset, dataset_tokenizer, find_dataset
 from metrics import progress_bar
+from scripts import ROOT, Script
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'fineweb.py'
 EOT = 50256
 REPO = 'datasets/HuggingFaceFW/fineweb-edu'
@@ -127,92 +126,27 @@ def make(*args, batch=3000):
     module.main()
 
 
-# Starts the script, which takes a second or two of imports, in almost no time: they are done once, before forking.
-LAUNCHER = '''
-import json, os, runpy, signal, sys
-import corpus, download, pyarrow.parquet
-for line in sys.stdin:
-    job = json.loads(line)
-    if 'wait' in job:
-        print(os.waitstatus_to_exitcode(os.waitpid(job['wait'], 0)[1]), flush=True)
-        continue
-    pid = os.fork()
-    if pid == 0:
-        break
-    print(pid, flush=True)
-else:
-    sys.exit()
-os.setsid()
-os.chdir(job['cwd'])
-os.environ.clear()
-os.environ.update(job['env'])
-for fd, name in ((0, os.devnull), (1, job['out'] + '.out'), (2, job['out'] + '.err')):
-    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
-sys.stdin, sys.argv = open(0, encoding='utf-8'), [job['script'], *job['args']]
-runpy.run_path(job['script'], run_name='__main__')
-'''
-
-
-@pytest.fixture(scope='module')
-def launcher():
+def start(*args, cwd='.'):
     if not hasattr(os, 'fork'):
         pytest.skip('there is no fork')
-    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    with subprocess.Popen([sys.executable, '-c', LAUNCHER], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as process:
-        yield process
-        process.stdin.close()
+    return Script(cwd, 'fineweb.py', *args)
 
 
-class Script:
-    """A process of the script, as a user starts it. It and its workers can be told by a variable in their environment.
-    """
-    number = 0
-
-    def __init__(self, launcher, *args, cwd='.'):
-        Script.number += 1
-        self.mark = f'FINEWEB_TEST={os.getpid()}.{Script.number}'
-        self.launcher, self.log = launcher, Path(f'log{Script.number}').absolute()
-        env = {**os.environ, **dict([self.mark.split('=')])}
-        for end in ('out', 'err'):
-            Path(f'{self.log}.{end}').touch()       # for one that is killed before it can
-        self.pid = self._ask(script=str(SCRIPT), args=list(args), cwd=os.path.abspath(cwd), env=env, out=str(self.log))
-
-    def _ask(self, **job):
-        self.launcher.stdin.write(json.dumps(job) + '\n')
-        self.launcher.stdin.flush()
-        return int(self.launcher.stdout.readline())
-
-    def send(self, signal_number, group=False):
-        (os.killpg if group else os.kill)(self.pid, signal_number)
-
-    def wait(self):
-        """The exit status; (self.out, self.err) is what it said. None of its processes is left."""
-        status = self._ask(wait=self.pid)
-        self.out, self.err = (Path(f'{self.log}.{end}').read_text(encoding='utf-8') for end in ('out', 'err'))
-        deadline = time.monotonic() + 20
-        while self.alive():
-            assert time.monotonic() < deadline, 'processes are left behind'
-            time.sleep(0.005)
-        return status
-
-    def alive(self):
-        """The process ids of the script and its workers, where the system tells."""
-        found = []
-        for path in Path('/proc').glob('[0-9]*/environ'):
-            try:
-                if self.mark.encode() in path.read_bytes().split(b'\0'):
-                    found.append(int(path.parent.name))
-            except OSError:
-                pass
-        return found
+def wait(script):
+    """The exit status. None of its processes is left."""
+    script.status = script.wait()
+    deadline = time.monotonic() + 20
+    while script.alive():
+        assert time.monotonic() < deadline, 'processes are left behind'
+        time.sleep(0.005)
+    return script.status
 
 
 @pytest.fixture
-def run(launcher, here):
+def run(here):
     def run(*args, cwd='.'):
-        script = Script(launcher, *args, cwd=cwd)
-        script.status = script.wait()
+        script = start(*args, cwd=cwd)
+        wait(script)
         return script
     return run
 
@@ -344,15 +278,15 @@ def test_only_the_files_that_max_tokens_needs_are_fetched(hub):
     assert not [r for r in hub.requests if 'README' in r.path or 'CC-MAIN' in r.path]
 
 
-def test_the_next_file_is_fetched_while_one_is_tokenized(launcher, hub):
+def test_the_next_file_is_fetched_while_one_is_tokenized(hub):
     hub.repos[REPO].update(files_of(LARGE))
     opened = Event()
     hub.fail('/datasets/.*001_00000.parquet.signature', hold=opened)
-    script = Script(launcher, '--shard_size=20000', '--workers=1')
+    script = start('--shard_size=20000', '--workers=1')
     wait_for(lambda: len(list(Path('data/fineweb_edu_10B').glob('train_*.bin'))) > 5)       # of the first file
     assert hub.fetched() == sorted(files_of(SMALL))[:2]
     opened.set()
-    assert script.wait() == 0
+    assert wait(script) == 0
 
 
 def wait_for(condition):
@@ -377,7 +311,7 @@ def unbroken(tmp_path_factory, large):
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_killed_twenty_times_it_makes_the_same_bytes_and_leaves_no_process_behind(run, launcher, unbroken, workers):
+def test_killed_twenty_times_it_makes_the_same_bytes_and_leaves_no_process_behind(run, unbroken, workers):
     folder, wanted = unbroken
     args = (f'--input={folder}/*.parquet', '--out=made', '--shard_size=15000', f'--workers={workers}')
     rng, kills, status = random.Random(workers), 0, None
@@ -389,14 +323,14 @@ def test_killed_twenty_times_it_makes_the_same_bytes_and_leaves_no_process_behin
             status = run(*args).status
             assert status == 0
             continue
-        script = Script(launcher, *args)
+        script = start(*args)
         target = len(list(Path('made').glob('*.bin'))) + rng.randrange(4)   # when so many are there, or soon after
         deadline = time.monotonic() + rng.choice([rng.uniform(0.02, 1), 5])
         while len(list(Path('made').glob('*.bin'))) < target and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(rng.choice([0, rng.uniform(0, 0.01)]))
         script.send(signal.SIGKILL)
-        status = script.wait()
+        status = wait(script)
         if status != 0:
             assert status == -signal.SIGKILL
             kills += 1
@@ -483,31 +417,31 @@ def test_a_restart_does_again_no_more_than_the_last_shard(hub, monkeypatch):
     assert len(hub.fetched()) < 4                                       # and no file is fetched twice
 
 
-def test_ctrl_c_ends_with_130_and_it_goes_on(launcher, run, unbroken):
+def test_ctrl_c_ends_with_130_and_it_goes_on(run, unbroken):
     folder, wanted = unbroken
     args = (f'--input={folder}/*.parquet', '--out=made', '--shard_size=15000', '--workers=2')
     for n_shards in (0, 4):                                             # while the workers start, and later
-        script = Script(launcher, *args)
+        script = start(*args)
         wait_for(lambda n=n_shards, alive=script.alive: len(list(Path('made').glob('*.bin'))) >= n and len(alive()) > 2)
         script.send(signal.SIGINT, group=True)                          # as a terminal does, to all its processes
-        assert script.wait() == 130
+        assert wait(script) == 130
         assert 'Traceback' not in script.err
     assert run(*args).status == 0
     assert all_bytes('made') == wanted
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='no way to find the workers')
-def test_a_worker_that_dies_ends_it_in_words_and_it_goes_on(launcher, run, unbroken):
+def test_a_worker_that_dies_ends_it_in_words_and_it_goes_on(run, unbroken):
     folder, wanted = unbroken
     args = (f'--input={folder}/*.parquet', '--out=made', '--shard_size=15000', '--workers=2')
-    script = Script(launcher, *args)
+    script = start(*args)
     wait_for(lambda: Path('made/train_000001.bin').exists())
     for pid in script.alive():
         command = Path(f'/proc/{pid}/cmdline').read_bytes()
         if b'spawn_main' in command:
             os.kill(pid, signal.SIGKILL)
             break
-    assert script.wait() == 2
+    assert wait(script) == 2
     assert 'a worker process died' in script.err and 'Traceback' not in script.err
     assert len(script.err.splitlines()) == 2
     assert run(*args).status == 0
@@ -639,11 +573,11 @@ def test_parts_together_have_every_document_once(hub, small, apart, capsys):
     assert len(set(names)) == len(names) and names == sorted(names)
 
 
-def test_parts_that_end_at_the_same_time_both_end_well(launcher, hub, small):
+def test_parts_that_end_at_the_same_time_both_end_well(hub, small):
     for i in range(2):
-        scripts = [Script(launcher, f'--part={k}/4', '--shard_size=1000', f'--out=d{i}', '--workers=1')
+        scripts = [start(f'--part={k}/4', '--shard_size=1000', f'--out=d{i}', '--workers=1')
                    for k in (1, 2, 3, 4)]
-        assert [script.wait() for script in scripts] == [0] * 4, [script.err for script in scripts]
+        assert [wait(script) for script in scripts] == [0] * 4, [script.err for script in scripts]
         assert all_tokens(f'd{i}') == small
         assert all_bytes(f'd{i}').keys() == all_bytes('d0').keys()
 
