@@ -49,14 +49,6 @@ def load_questions(folder=SHIPPED):
     return questions
 
 
-def heldout_questions(template, dataset):
-    """The held-out questions for a run on `dataset`, if that is of questions, as its template tells. Raises UserError.
-    """
-    if not template:
-        raise UserError(f'zh_eval_interval needs a data set of questions and answers, which {dataset!r} is not')
-    return load_questions()['heldout']
-
-
 def evaluate(model, tokenizer, template, questions, *, rank=0, world_size=1, batch_size=128, max_new_tokens=96):
     """Answer this process's share of `questions`. Returns {set: [(prompt, expected, answer), ...]}."""
     mine = [(name, row) for name in questions for row in questions[name]][rank::world_size]

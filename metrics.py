@@ -57,8 +57,7 @@ class TimeToFinish:
         self.recent, self.end = deque(maxlen=20), None      # seconds of the latest steps; when it was said to end
 
     def __call__(self, seconds, steps_left, now=None):
-        """Minutes to say, or None: after a step that took `seconds`, if there is nothing new to say. What was said
-        is out of date when it is a quarter off, and at least a quarter of a minute."""
+        """Minutes to say after a step that took `seconds`, or None while what was said is less than a quarter off."""
         now = time.time() if now is None else now
         self.recent.append(seconds)
         left = statistics.median_low(self.recent) * steps_left

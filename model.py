@@ -118,9 +118,8 @@ def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(hs)) v for q (B, nh, T, hs) and k, v (B, n_kv_head, S, hs): (B, nh, T, hs).
     mask: (B or 1, 1, T, S) bool, who sees whom; without it, everyone sees what came before. dropout: its probability.
 
-    Two ways to the same result, which a test holds together: PyTorch's fused kernel, and three plain products where the
-    backward pass of that is slow: for short texts on a CPU in bfloat16 these are four times as fast (B 32, nh 4, T 128,
-    hs 64 on two cores). Whoever changes what attention computes changes both, here.
+    Two ways to the same, which a test holds together: PyTorch's fused kernel, and where its backward pass is slow, for
+    short texts on a CPU in bfloat16, three plain products, four times as fast. A change to one is a change to both.
     """
     (B, nh, T, hs), n_kv_head = q.shape, k.size(1)
     plainly = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad and not dropout
@@ -307,7 +306,7 @@ class GPT(nn.Module):
         return None, self.loss(x, targets, reduction)
 
     def hidden(self, idx, cache=None, positions=None, mask=None):
-        """What the output layer reads, (B, T, C); the arguments are those of forward()."""
+        """What the output layer reads, (B, T, C), for the arguments of forward()."""
         B, T = idx.shape
         start = cache.length if cache is not None else 0
         if positions is None and start + T > self.config.block_size:

@@ -150,7 +150,9 @@ if world_size > 1:
 if sample_interval:
     tokenizer.encode(sample_prompt)             # a character that it does not have is better found now than later
 if zh_eval_interval:
-    zh_questions = eval_zh.heldout_questions(template, dataset)
+    if not template:
+        raise UserError(f'zh_eval_interval needs a data set of questions and answers, which {dataset!r} is not')
+    zh_questions = eval_zh.load_questions()['heldout']
 if hellaswag_interval:
     hellaswag_questions = hellaswag.load_questions(tokenizer, hellaswag_data, hellaswag_limit)
 

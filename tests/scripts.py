@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBERS = count()
 PROCESS = {}            # the process that starts scripts for this one, as soon as there is one
 
 # Starting a script takes seconds of imports, and there are hundreds of starts: here they are done once, before forking.
@@ -66,10 +66,11 @@ def command(name, *args, processes=1):
 
 class Script:
     """A process of a script, running in the folder `place`. env: variables to add or change."""
+    numbers = count()
 
     def __init__(self, place, name, *args, env=None, input=''):
         self.argv = [str(ROOT / name), *map(str, args)]
-        self.mark = f'SCRIPT_UNDER_TEST={os.getpid()}.{next(NUMBERS)}'      # its workers can be told by this
+        self.mark = f'SCRIPT_UNDER_TEST={os.getpid()}.{next(self.numbers)}'      # its workers can be told by this
         self.files = [Path(tempfile.gettempdir(), f'{self.mark[18:]}.{end}') for end in ('in', 'out', 'err')]
         for path in self.files:
             path.write_text(input if path.suffix == '.in' else '', encoding='utf-8')
@@ -82,26 +83,20 @@ class Script:
     def wait(self, timeout=300):
         """The exit status, once it has ended; (self.out, self.err) is what it said."""
         status = _ask(wait=self.pid, timeout=timeout)
+        self.out, self.err = (path.read_text(encoding='utf-8') for path in self.files[1:])
         if status == 'late':
             self.send(signal.SIGKILL, group=True)
-            _ask(wait=self.pid, timeout=10)
-        self.out, self.err = (path.read_text(encoding='utf-8') for path in self.files[1:])
+            raise subprocess.TimeoutExpired(self.argv, timeout, self.out, self.err)
         for path in self.files:
             path.unlink()
-        if status == 'late':
-            raise subprocess.TimeoutExpired(self.argv, timeout, self.out, self.err)
         return int(status)
 
     def alive(self):
         """The process ids of its workers, where the system tells."""
-        found = []
-        for path in Path('/proc').glob('[0-9]*/environ'):
-            try:
-                if self.mark.encode() in path.read_bytes().split(b'\0'):
-                    found.append(int(path.parent.name))
-            except OSError:
-                pass
-        return found
+        def marked(path):
+            with suppress(OSError):
+                return self.mark.encode() in path.read_bytes().split(b'\0')
+        return [int(path.parent.name) for path in Path('/proc').glob('[0-9]*/environ') if marked(path)]
 
 
 def _ask(**job):

@@ -469,8 +469,7 @@ def test_no_message_tells_a_secret(fault, fetch, hub, tmp_path, monkeypatch, nap
         fetch(tmp_path)
     said = said.getvalue() + str(error.value)
     assert 'secret' not in said and 'signature' not in said and TOKEN not in said
-    assert len(str(error.value).splitlines()) <= 2 and (
-        error.value.__suppress_context__ or not error.value.__context__)
+    assert len(str(error.value).splitlines()) <= 2 and (error.value.__suppress_context__ or not error.value.__context__)
 
 
 def test_a_long_wait_is_announced_without_secrets(hub, tmp_path, naps, monkeypatch):

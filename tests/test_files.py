@@ -1,7 +1,6 @@
 """files.py: what is written is whole or not there, and a lock lets one process in at a time."""
 
 import errno
-import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 import files
 from configurator import UserError
-from files import locked, sha256_of, try_lock, write_atomically
+from files import locked, try_lock, write_atomically
 
 needs_flock = pytest.mark.skipif(files.fcntl is None, reason='about flock')
 
@@ -35,11 +34,6 @@ def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *a, do=do, name=name: (calls.append(name), do(*a)))
     write_atomically(tmp_path / 'file', lambda f: f.write(b'new'))
     assert calls[:2] == ['fsync', 'replace']
-
-
-def test_the_hash_is_that_of_the_whole_file(tmp_path):
-    (tmp_path / 'file').write_bytes(b'abc' * 1_000_000)     # more than one piece
-    assert sha256_of(tmp_path / 'file') == hashlib.sha256(b'abc' * 1_000_000).hexdigest()
 
 
 def test_one_process_at_a_time_holds_a_lock_and_a_killed_one_lets_go(tmp_path, capsys):

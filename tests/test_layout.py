@@ -3,11 +3,10 @@
 import ast
 import re
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in ROOT.glob('*.py')}
 
 

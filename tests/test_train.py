@@ -225,13 +225,11 @@ def test_a_finished_run_is_left_as_it_is_and_a_resumed_one_says_what_changed(pla
     model = build_model(load_checkpoint(place / 'out/done/final_checkpoint.pt'))
     assert (model.config.n_layer, model.config.mlp, model.config.norm) == (1, 'swiglu', 'rmsnorm')    # later wins
 
-    def files():
-        return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (place / 'out/done').iterdir()}
-
-    before, changed = files(), ['--learning_rate=1e-4', '--dropout=0.3']
+    before = [(p, p.read_bytes(), p.stat().st_mtime_ns) for p in (place / 'out/done').iterdir()]
+    changed = ['--learning_rate=1e-4', '--dropout=0.3']
     out = train(place, 'out/done', *options, *changed, '--max_steps=3')
     assert out.endswith('already finished at step 3; raise --max_steps or choose another --out_dir\n')
-    assert files() == before
+    assert before == [(p, p.read_bytes(), p.stat().st_mtime_ns) for p in (place / 'out/done').iterdir()]
     out = train(place, 'out/done', *options, *changed, '--max_steps=5')
     assert 'at step 3, with dropout 0.0 -> 0.3, learning_rate 0.001 -> 0.0001, max_steps 3 -> 5\n' in out
 

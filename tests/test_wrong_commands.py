@@ -108,8 +108,8 @@ def offline(place, words):
 
 
 def files(place, folders=False):
-    found = {p.relative_to(place).as_posix(): p.read_bytes() for p in place.rglob('*') if p.is_file()}
-    return found | ({p.relative_to(place).as_posix(): '' for p in place.rglob('*') if p.is_dir()} if folders else {})
+    return {p.relative_to(place).as_posix(): p.read_bytes() if p.is_file() else '' for p in place.rglob('*')
+            if folders or p.is_file()}
 
 
 def check(done, named):
