@@ -77,9 +77,18 @@ def load_checkpoint(path):
 
 
 def find_checkpoints(out_dir):
-    """The checkpoint files in `out_dir` as a run would resume from them, the newest first."""
+    """The checkpoint files in `out_dir` as a run would resume from them, the furthest first: by their steps, since a
+    file's time changes when it is copied, or the clock is put back."""
     found = list(Path(out_dir).glob('*checkpoint*.pt')) + list(Path(out_dir).glob('ckpt.pt'))
-    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name == LATEST), reverse=True)
+    return sorted(found, key=lambda path: (_step_of(path), path.name == LATEST), reverse=True)
+
+
+def _step_of(path):
+    """The step of a checkpoint, without reading its tensors; -1 for a damaged file."""
+    try:
+        return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num'])
+    except Exception:                               # whatever is wrong, load_checkpoint() will say it
+        return -1
 
 
 def load_newest(out_dir):

@@ -83,10 +83,10 @@ def main():
     if not template:
         raise UserError(f'{description} was not trained on questions and answers: its data set has no template')
     questions = load_questions(data or SHIPPED)
-    start = time.time()
+    start = time.perf_counter()
     with torch.inference_mode():
         results = evaluate(model, tokenizer, template, questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    seconds = time.time() - start
+    seconds = time.perf_counter() - start
     if show:
         for name, rows in results.items():
             for prompt, expected, answer in rows:

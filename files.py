@@ -1,9 +1,11 @@
 """Files that are whole or not there: writing them safely, hashing them, and locks that die with their process."""
 
+import atexit
 import errno
 import hashlib
 import os
 import shutil
+import socket
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -110,3 +112,29 @@ def try_lock(lock):
         raise
     os.close(fd)
     return None
+
+
+def claim(folder):
+    """Make `folder`, and hold its run.lock until this process ends, however it ends. Raises UserError if another run
+    holds it, naming its host and process."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        path = Path(folder, 'run.lock')
+        fd = try_lock(path)
+        holder = path.read_text(encoding='utf-8').split()
+    except OSError as e:
+        raise UserError(f'cannot write to the folder {str(folder)!r}: {e.strerror}; choose another --out_dir') from None
+    me = [socket.gethostname(), str(os.getpid())]
+    if fd is None or (holder and holder[0] != me[0]):       # a lock may not reach from one machine to another
+        host, pid = holder if len(holder) == 2 else ('this or another machine', '?')
+        raise UserError(f'a run on {host}, process {pid}, is writing to {folder}: wait for it, or choose another '
+                        f'--out_dir.\nIf that one is no longer there, delete {path}')
+    os.truncate(fd, 0)
+    os.write(fd, ' '.join(me).encode())
+
+    def release():
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+    atexit.register(release)
+    return release

@@ -189,7 +189,7 @@ def main():
     model, tokenizer, _, description = load_for_use(init_from, out_dir, chosen_device, pick_dtype(dtype, chosen_device))
     questions = load_questions(tokenizer, data, limit)
 
-    start, so_far = time.time(), []
+    start, so_far = time.perf_counter(), []
     share = len(range(rank, len(questions), world_size))
     with progress_bar(total=share, desc='HellaSwag', unit='q', disable=rank > 0) as bar:
         def progress(new):
@@ -198,7 +198,7 @@ def main():
             bar.update(len(new))
         answers = evaluate(model, questions, rank=rank, world_size=world_size, batch_size=batch_size, progress=progress)
     answers = [answer for theirs in from_everyone(answers) for answer in theirs]
-    seconds = time.time() - start
+    seconds = time.perf_counter() - start
 
     if rank == 0:
         for answer in sorted(answers)[:show]:

@@ -2,7 +2,6 @@
 far any long work has come."""
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -11,24 +10,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import UserError
 from files import write_text_atomically
 
 
 class MetricsLog:
     """log(step, loss=..., lr=...) appends to both. A run that resumes at `first_step` first drops what it is about to
-    do again, so that each step stands there once. Makes the folder; active=False, as in all processes but one, logs
-    nothing."""
+    do again, so that each step stands there once. active=False, as in all processes but one, logs nothing."""
 
     def __init__(self, out_dir, first_step=0, tensorboard=True, active=True):
         self.file, self.writer, self.active = Path(out_dir, 'metrics.jsonl'), None, active
         if not active:
             return
-        try:
-            os.makedirs(out_dir, exist_ok=True)
-        except OSError as e:
-            raise UserError(f'cannot make the folder out_dir={out_dir!r}: {e.strerror}; choose another --out_dir'
-                            ) from None
         lines = self.file.read_text(encoding='utf-8').splitlines() if first_step and self.file.exists() else []
         lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first_step]
         write_text_atomically(self.file, ''.join(f'{line}\n' for line in lines))
@@ -58,7 +50,7 @@ class TimeToFinish:
 
     def __call__(self, seconds, steps_left, now=None):
         """Minutes to say after a step that took `seconds`, or None while what was said is less than a quarter off."""
-        now = time.time() if now is None else now
+        now = time.monotonic() if now is None else now
         self.recent.append(seconds)
         left = statistics.median_low(self.recent) * steps_left
         off = abs(now + left - self.end) if self.end else 0

@@ -190,10 +190,10 @@ def main():
             print(whole[shown:], end='', flush=True)
             shown = max(shown, len(whole))
 
-        start = time.time()
+        start = time.perf_counter()
         texts = generate_texts(each, model, tokenizer, template=template, batch_size=batch_size,
                                on_text=show if streaming else None, **options)
-        seconds = time.time() - start
+        seconds = max(time.perf_counter() - start, 1e-9)
         if streaming:
             print((heading(0, each[0]) + texts[0])[shown:])
         else:

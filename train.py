@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -19,7 +20,7 @@ import eval_zh
 import hellaswag
 from checkpoint import BEST, FINAL, LATEST, prune_checkpoints, save_checkpoint, start_from
 from configurator import UserError, configure
-from dataset import TokenDataset, dataset_tokenizer, divide_batch, find_dataset, read_meta
+from dataset import TokenDataset, dataset_tokenizer, divide_batch, find_dataset, mix, read_meta
 from device import (StopSignal, all_sum, autocast, from_everyone, init_distributed, leave_distributed, peak_flops,
                     pick_compile, pick_device, pick_dtype, state_bytes, synchronize)
 from metrics import MetricsLog, TimeToFinish
@@ -212,7 +213,9 @@ def print_samples(step):
 
 
 def save(step, *names):
-    """Write everything that is needed to go on from `step`, or to sample, under each of `names` in out_dir."""
+    """Write all that is needed to go on from `step`, or to sample, to checkpoint.pt and under each of `names`."""
+    if skipped or not all(p.isfinite().all() for p in raw_model.parameters()):
+        raise diverged(f'step {step}: the weights, or what they lead to, are not finite')
     for o in optimizers if sharded else []:
         o.consolidate_state_dict(to=0)          # each process sends its part of the state
     if rank == 0:
@@ -222,12 +225,19 @@ def save(step, *names):
             'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.state(),
             'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template, 'elapsed_s': elapsed(),
             'finished': FINAL in names,
-        }, names)
+        }, [*names, LATEST])                    # the latest last: what it says is the best is there by then
         prune_checkpoints(out_dir, keep_checkpoints)
 
 
+def diverged(what):
+    """The error that ends a run which cannot go on, with the file that is good and the way on from it."""
+    good = next((path for path in (Path(out_dir, BEST), Path(out_dir, LATEST)) if path.is_file()), None)
+    again = f'go on from the last good one: --init_from={good} --out_dir=ANOTHER' if good else 'start again'
+    return UserError(f'{what}. Nothing more was saved; {again},\nwith a lower --learning_rate, or --dtype=float32')
+
+
 def elapsed():
-    return start.elapsed_s + time.time() - start_time
+    return start.elapsed_s + time.perf_counter() - start_time
 
 
 def due(interval):
@@ -243,7 +253,7 @@ log_metrics = MetricsLog(out_dir, start.step, tensorboard, active=rank == 0)
 stop = StopSignal(say)                          # Ctrl-C and SIGTERM: finish the step, save, exit
 time_to_finish = TimeToFinish()
 peak = peak_flops(here, precision) * world_size
-start_time = time.time()
+start_time = time.perf_counter()
 best_val_loss = start.best_val_loss
 skipped = 0                                     # steps in a row whose loss or gradient was not finite
 max_skipped = 10                                # so many, and the run ends
@@ -252,12 +262,14 @@ stopping = 0                                    # the signal to stop for, once a
 for step in range(start.step, max_steps + 1):
     last_step = step == max_steps
     if stopping:
-        save(step, LATEST)
+        if not skipped:
+            save(step)
         break
 
     # look up from the work now and then: how good is it, and is it safe on disk?
-    names = []
-    if last_step or (eval_interval and step % eval_interval == 0):
+    names = []                                  # what this step is to be kept as, besides checkpoint.pt
+    evaluated = last_step or (eval_interval > 0 and step % eval_interval == 0)
+    if evaluated:
         val_loss = estimate_loss()
         ppl = math.exp(min(val_loss, 700))
         say(f'validation loss: {val_loss:.4f} | ppl: {ppl:.2f}')
@@ -265,7 +277,6 @@ for step in range(start.step, max_steps + 1):
         if step > 0 and val_loss < best_val_loss:
             best_val_loss = val_loss
             names.append(BEST)
-        names.append(LATEST)
     if due(hellaswag_interval):
         right, total = accuracy(hellaswag, hellaswag_questions)
         say(f'HellaSwag accuracy: {right}/{total}={right / total:.4f}')
@@ -275,23 +286,23 @@ for step in range(start.step, max_steps + 1):
         say(f'held-out questions: {right}/{total}={right / total:.4f} | elapsed: {elapsed():.1f}s')
         log_metrics(step, zh_heldout=right / total)
     if checkpoint_interval and step % checkpoint_interval == 0:
-        names += [f'checkpoint_iter_{step}.pt', LATEST]
+        names.append(f'checkpoint_iter_{step}.pt')
     if last_step:
         names.append(FINAL)
-    if names and step > 0:
-        save(step, *dict.fromkeys(names))
+    if step > 0 and (evaluated or names) and (last_step or not skipped):
+        save(step, *names)
     if due(sample_interval):
         print_samples(step)
     if last_step:
         break
 
     synchronize(here)
-    step_start = time.time()
+    step_start = time.perf_counter()
     lr = get_lr(step)
     for o in optimizers:
         for group in o.param_groups:
             group['lr'] = lr
-    torch.manual_seed((seed << 32) + step * world_size + rank)      # dropout depends on the step, not on its past
+    torch.manual_seed(mix(seed, step, rank))    # dropout depends on the step, not on its past
 
     # 1) accumulate the gradient of one global batch, micro-batch by micro-batch
     targets = train_data.targets_in(0 if one_batch else step)
@@ -327,12 +338,11 @@ for step in range(start.step, max_steps + 1):
     if not finite:
         say(f'step {step}: the loss ({loss}) or its gradient ({grad_norm}) is not finite; skipped, {skipped} in a row')
         if skipped == max_skipped:
-            raise UserError(f'{skipped} steps in a row were not finite. The last good checkpoint is in {out_dir};\n'
-                            'lower --learning_rate, or try --dtype=float32')
+            raise diverged(f'{skipped} steps in a row were not finite')
 
     # 4) log
     synchronize(here)
-    dt = time.time() - step_start
+    dt = max(time.perf_counter() - step_start, 1e-9)        # seconds; some clocks are coarse
     tok_per_sec = tokens_per_step / dt
     flops = raw_model.flops_per_token() * tok_per_sec
     peak = max(peak, flops)                     # if it was timed here, perhaps while the machine was busy
