@@ -34,12 +34,15 @@ def save_checkpoint(out_dir, checkpoint, names):
     write_atomically(first, lambda f: torch.save(checkpoint, f))
     for other in others:
         tmp = beside(other, '.tmp')
-        tmp.unlink(missing_ok=True)
         try:
-            os.link(first, tmp)
-        except OSError:
-            shutil.copyfile(first, tmp)
-        os.replace(tmp, other)
+            tmp.unlink(missing_ok=True)
+            try:
+                os.link(first, tmp)
+            except OSError:
+                shutil.copyfile(first, tmp)
+            os.replace(tmp, other)
+        except OSError as e:
+            raise UserError(f'cannot write {other}: {e.strerror}; {first} is written') from None
 
 
 def prune_checkpoints(out_dir, keep):
@@ -57,7 +60,9 @@ def load_checkpoint(path):
         raise UserError(f'there is no checkpoint {path}')
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()                 # reads everything, comparing checksums: a flipped bit is found
+            # torch skips what claims to be a folder or packed, and leaves whatever is in memory there
+            odd = (entry.filename for entry in archive.infolist() if entry.external_attr or entry.compress_type)
+            bad = next(odd, None) or archive.testzip()      # reads everything, comparing checksums
         if bad is not None:
             raise zipfile.BadZipFile(f'the checksum of {bad} does not match')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)

@@ -13,6 +13,7 @@ import builtins
 import difflib
 import io
 import os
+import re
 import sys
 import tokenize
 import traceback
@@ -231,9 +232,11 @@ def _end_errors_kindly():
         if issubclass(kind, UserError):
             print(f'error: {value}', file=sys.__stderr__)
             raise SystemExit(2)
-        if kind.__name__ == 'OutOfMemoryError':
-            print(f'error: {str(value).splitlines()[0]}\nlower batch_size or block_size (accumulation keeps '
-                  'total_batch_size as it is)', file=sys.__stderr__)
+        # torch.OutOfMemoryError, numpy's MemoryError, and the RuntimeErrors of CPU allocator and CUDA
+        said = f'{kind.__name__}: {value}'
+        if issubclass(kind, MemoryError) or re.search("out ?of ?memory|can't allocate memory", said, re.I):
+            print(f'error: out of memory: {said.splitlines()[0][:200]}\nlower batch_size or block_size (in training, '
+                  'accumulation keeps total_batch_size as it is)', file=sys.__stderr__)
             raise SystemExit(2)
         sys.__excepthook__(kind, value, trace)
 

@@ -108,7 +108,7 @@ def peak_flops(device, dtype):
         a @ a
         synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+    return 2 * n ** 3 / max(best, 1e-9)     # some clocks are coarse
 
 
 # -----------------------------------------------------------------------------
@@ -174,16 +174,48 @@ def all_sum(values, device):
     return total.tolist()
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM, noted: `number` is the one that came, or 0. One more of the same kind ends the process."""
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+class Stopped(Exception):
+    """Raised in all processes when an evaluation has been cut short."""
 
-    def __init__(self, say):
-        self.number, self.say = 0, say
+
+class StopSignal:
+    """The signals that end a run, noted: `number` is the first that came here, or 0, `agreed` the one that all
+    processes know of. One more ends the process at once, unless it comes so soon that a scheduler sent both."""
+    SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    PIPE = 13                                               # SIGPIPE: who read our output has gone
+    PATIENCE = 2.0                                          # seconds
+
+    def __init__(self, rank):
+        self.number, self.agreed, self.rank, self.since = 0, 0, rank, 0.0
+
+    def listen(self):
         for number in self.SIGNALS:
-            signal.signal(number, self)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has its reasons
+                signal.signal(number, self)
 
     def __call__(self, number, frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-        self.say('stopping after this step; once more to quit at once')
+        now = time.monotonic()
+        if self.number and now - self.since > self.PATIENCE:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.number:
+            self.number, self.since = number, now
+            if self.rank == 0:          # not by print(), which the signal may have interrupted
+                with contextlib.suppress(OSError):
+                    os.write(1, b'stopping after this step; once more to quit at once\n')
+
+    def say(self, text):
+        """Print on rank 0. Where nobody reads it any more (| head, a closed terminal), the run is to stop."""
+        try:
+            if self.rank == 0:
+                print(text, flush=True)
+        except OSError:
+            self.number = self.number or self.PIPE
+            sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+
+    def flags(self):
+        """1 for the signal that came here, 0 for the others; their sums over all processes are for agree()."""
+        return [int(self.number == number) for number in (*self.SIGNALS, self.PIPE)]
+
+    def agree(self, sums):
+        self.agreed = next((number for number, n in zip((*self.SIGNALS, self.PIPE), sums, strict=True) if n), 0)

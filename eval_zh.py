@@ -49,11 +49,12 @@ def load_questions(folder=SHIPPED):
     return questions
 
 
-def evaluate(model, tokenizer, template, questions, *, rank=0, world_size=1, batch_size=128, max_new_tokens=96):
+def evaluate(model, tokenizer, template, questions, *, rank=0, world_size=1, batch_size=128, max_new_tokens=96,
+             should_stop=None):
     """Answer this process's share of `questions`. Returns {set: [(prompt, expected, answer), ...]}."""
     mine = [(name, row) for name in questions for row in questions[name]][rank::world_size]
     answers = generate_texts([row['prompt'] for _, row in mine], model, tokenizer, template=template, temperature=0,
-                             max_new_tokens=max_new_tokens, batch_size=batch_size)
+                             max_new_tokens=max_new_tokens, batch_size=batch_size, should_stop=should_stop)
     results = {name: [] for name in questions}
     for (name, row), answer in zip(mine, answers, strict=True):
         results[name].append((row['prompt'], row['completion'], answer))

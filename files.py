@@ -4,7 +4,6 @@ import atexit
 import errno
 import hashlib
 import os
-import shutil
 import socket
 import sys
 import time
@@ -25,7 +24,7 @@ LOCK_POLL = 0.2             # seconds between two looks at a lock that another p
 def write_atomically(path, write):
     """Call `write(f)` on a temporary binary file beside `path`; once it is safely on disk, rename it to `path`.
 
-    Raises UserError where there is no room or no right to write; what was at `path` before is then untouched.
+    Raises UserError where that cannot be, as on a full disk; what was at `path` before is then untouched.
     """
     path = Path(path)
     tmp = beside(path, '.tmp')
@@ -39,16 +38,13 @@ def write_atomically(path, write):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except OSError as e:
-        tmp.unlink(missing_ok=True)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise UserError(f'cannot write {path}: {e.strerror}; what was there before is untouched') from None
-        raise
-    except RuntimeError as e:                       # torch.save reports a full disk as one of these
-        tmp.unlink(missing_ok=True)
-        if shutil.disk_usage(path.parent).free < 1 << 20:
-            raise UserError(f'cannot write {path}: the disk is full; what was there before is untouched') from None
-        raise e
+    except (OSError, RuntimeError) as e:            # torch.save reports a full disk as a RuntimeError
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        if isinstance(e, RuntimeError) and 'write' not in str(e).lower():
+            raise
+        why = getattr(e, 'strerror', None) or str(e).splitlines()[0]
+        raise UserError(f'cannot write {path}: {why}; what was there before is untouched') from None
 
 
 def write_text_atomically(path, text):
@@ -133,6 +129,7 @@ def claim(folder):
     os.write(fd, ' '.join(me).encode())
 
     def release():
+        atexit.unregister(release)
         path.unlink(missing_ok=True)
         os.close(fd)
 

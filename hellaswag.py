@@ -104,13 +104,14 @@ def fit(question, block_size):
 
 
 @torch.inference_mode()
-def evaluate(model, questions, *, rank=0, world_size=1, batch_size=64, progress=None):
+def evaluate(model, questions, *, rank=0, world_size=1, batch_size=64, progress=None, should_stop=None):
     """This process's share of `questions`, as a list of Answers, in no particular order.
 
     A question is one row: its context, once, and behind it each of its endings, which sees the context and itself but
     not the others, and has the positions that it would have alone.
     model: a GPT in evaluation mode, perhaps under autocast. batch_size: the most questions that go through it at a
-    time. progress: is called with the Answers of each batch as soon as they are there.
+    time. progress: is called with the Answers of each batch as soon as they are there. should_stop(): asked before each
+    batch whether to leave it at those that are there.
     """
     device = next(model.parameters()).device
     fitted = [fit(question, model.config.block_size) for question in questions]
@@ -121,6 +122,8 @@ def evaluate(model, questions, *, rank=0, world_size=1, batch_size=64, progress=
 
     answers = []
     for batch in batches:
+        if should_stop and should_stop():
+            break
         # 1) the rows: the context but for its last token, then for each ending that token and the ending's but the last
         idx, targets, positions, parts = torch.zeros(4, len(batch), lengths[batch[0]], dtype=torch.int64)     # (B, T)
         targets.fill_(-100)
@@ -178,9 +181,9 @@ def count(answers, questions):
             sum(smallest(a.sums) == questions[a.index].label for a in answers), len(answers))
 
 
-def count_right(model, questions, *, rank=0, world_size=1):
+def count_right(model, questions, *, rank=0, world_size=1, should_stop=None):
     """(right by acc_norm, right by acc, answered) for this process's share; what train.py asks during training."""
-    return count(evaluate(model, questions, rank=rank, world_size=world_size), questions)
+    return count(evaluate(model, questions, rank=rank, world_size=world_size, should_stop=should_stop), questions)
 
 
 def main():

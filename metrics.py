@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from configurator import UserError
 from files import write_text_atomically
 
 
@@ -21,21 +22,28 @@ class MetricsLog:
         self.file, self.writer, self.active = Path(out_dir, 'metrics.jsonl'), None, active
         if not active:
             return
-        lines = self.file.read_text(encoding='utf-8').splitlines() if first_step and self.file.exists() else []
-        lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first_step]
-        write_text_atomically(self.file, ''.join(f'{line}\n' for line in lines))
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(Path(out_dir, 'tb'), purge_step=first_step)
+        try:
+            lines = self.file.read_text(encoding='utf-8').splitlines() if first_step and self.file.exists() else []
+            lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first_step]
+            write_text_atomically(self.file, ''.join(f'{line}\n' for line in lines))
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.writer = SummaryWriter(Path(out_dir, 'tb'), purge_step=first_step)
+        except OSError as e:
+            raise UserError(f'cannot log to {e.filename or out_dir}: {e.strerror}; remove what is in the way, or '
+                            'choose another --out_dir') from None
 
     def __call__(self, step, **values):
         if not self.active:
             return
-        with open(self.file, 'a', encoding='utf-8') as f:
-            f.write(json.dumps({'step': step, **values}) + '\n')
-        if self.writer:
-            for key, value in values.items():
+        try:
+            with open(self.file, 'a', encoding='utf-8') as f:
+                f.write(json.dumps({'step': step, **values}) + '\n')
+            for key, value in values.items() if self.writer else ():
                 self.writer.add_scalar(key, value, step)
+        except OSError as e:        # a full disk: the run is worth more than its log
+            print(f'warning: nothing more is logged to {self.file}: {e.strerror}', file=sys.stderr, flush=True)
+            self.active = False
 
     def close(self):
         if self.writer:

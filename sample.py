@@ -58,13 +58,14 @@ STYLES = {          # temperature, top_k, top_p
 
 
 def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200, temperature=0.8, top_k=50, top_p=0.95,
-                   repetition_penalty=1.0, stop='', seed=1337, batch_size=64, on_text=None):
+                   repetition_penalty=1.0, stop='', seed=1337, batch_size=64, on_text=None, should_stop=None):
     """Continue each of `prompts`; returns as many strings, without the prompts.
 
     model, tokenizer: as load_for_use gives them. template: what a question is put into, in place of
     '{prompt}', once normalize_question has seen it; then the answer is never empty and never begins with punctuation.
     stop: a string that ends a text, itself left out. on_text(i, text) is told the text of prompt i after every token,
-    as far as it cannot change any more. The other options are those of GPT.stream.
+    as far as it cannot change any more. should_stop(): asked after every token whether to leave it at that. The other
+    options are those of GPT.stream.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -104,7 +105,7 @@ def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200
                         texts[rows[b]] = text[:text.index(stop)]
                     if on_text:
                         on_text(rows[b], texts[rows[b]] if not new_ids[b] else _settled(text, stop))
-            if not running:
+            if not running or (should_stop and should_stop()):
                 break
         for b, i in enumerate(rows):
             if new_ids[b]:

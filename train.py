@@ -7,10 +7,11 @@ The settings below may be changed here, in a config file, or by --key=value. Wit
 FineWeb-Edu. A run that was stopped goes on when the same command is given again.
 """
 
+import itertools
 import math
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ import hellaswag
 from checkpoint import BEST, FINAL, LATEST, prune_checkpoints, save_checkpoint, start_from
 from configurator import UserError, configure
 from dataset import TokenDataset, dataset_tokenizer, divide_batch, find_dataset, mix, read_meta
-from device import (StopSignal, all_sum, autocast, from_everyone, init_distributed, leave_distributed, peak_flops,
-                    pick_compile, pick_device, pick_dtype, state_bytes, synchronize)
+from device import (Stopped, StopSignal, all_sum, autocast, from_everyone, init_distributed, leave_distributed,
+                    peak_flops, pick_compile, pick_device, pick_dtype, state_bytes, synchronize)
+from files import claim
 from metrics import MetricsLog, TimeToFinish
 from model import PRESETS
 from sample import generate_texts
@@ -98,11 +100,8 @@ on_gpu = torch.device(here).type == 'cuda'
 torch.set_float32_matmul_precision('high')      # TF32, where float32 is asked for on a GPU that has it
 
 
-def say(text):
-    if rank == 0:
-        print(text, flush=True)
-
-
+stop = StopSignal(rank)                         # Ctrl-C and the like; from the loop on: finish the step, save, exit
+say = stop.say                                  # print, on one process of all
 say(f'using device: {here}, dtype: {precision}, compile: {compiling}')
 tokens_per_step, grad_accum_steps = divide_batch(total_batch_size, batch_size, block_size, world_size)
 config['total_batch_size'] = tokens_per_step
@@ -177,18 +176,22 @@ def get_lr(step):
 
 @contextmanager
 def evaluating():
-    """Inside, the model answers as it will when it is used: no dropout, no gradients."""
-    raw_model.eval()
-    with torch.no_grad(), autocast(here, precision):
-        yield
-    raw_model.train()
+    """Inside, the model answers as it will when it is used: no dropout, no gradients. A signal cuts that short."""
+    if not stop.agreed:
+        raw_model.eval()
+        with torch.no_grad(), autocast(here, precision):
+            yield
+        raw_model.train()
+        stop.agree(all_sum(stop.flags(), here))
+    if stop.agreed:
+        raise Stopped
 
 
 def estimate_loss():
     """The mean loss over fixed windows of the validation split, their work divided over the processes."""
     loss_sum, targets = 0.0, 0
     with evaluating():
-        for x, y in val_data.eval_batches(eval_iters):
+        for x, y in itertools.takewhile(lambda _: not stop.number, val_data.eval_batches(eval_iters)):
             loss_sum += raw_model(x.to(here), y.to(here), reduction='sum')[1].item()
             targets += int((y >= 0).sum())
     loss_sum, targets = all_sum([loss_sum, targets], here)
@@ -198,7 +201,8 @@ def estimate_loss():
 def accuracy(evaluation, *questions):
     """(right, answered) of an evaluation's questions, each process answering its share."""
     with evaluating():
-        right, *_, answered = evaluation.count_right(raw_model, *questions, rank=rank, world_size=world_size)
+        right, *_, answered = evaluation.count_right(raw_model, *questions, rank=rank, world_size=world_size,
+                                                     should_stop=lambda: stop.number)
     return map(round, all_sum([right, answered], here))
 
 
@@ -206,7 +210,8 @@ def print_samples(step):
     """Sample from the model as it is now, each process its share."""
     with evaluating():
         texts = [generate_texts([sample_prompt], raw_model, tokenizer, max_new_tokens=sample_tokens, top_k=50,
-                                seed=seed + step + i)[0] for i in range(rank, num_samples, world_size)]
+                                seed=seed + step + i, should_stop=lambda: stop.number)[0]
+                 for i in range(rank, num_samples, world_size)]
     everyones = from_everyone(texts)
     for i in range(num_samples):
         say(f'sample {i}: {sample_prompt}{everyones[i % world_size][i // world_size]}')
@@ -231,8 +236,10 @@ def save(step, *names):
 
 def diverged(what):
     """The error that ends a run which cannot go on, with the file that is good and the way on from it."""
-    good = next((path for path in (Path(out_dir, BEST), Path(out_dir, LATEST)) if path.is_file()), None)
-    again = f'go on from the last good one: --init_from={good} --out_dir=ANOTHER' if good else 'start again'
+    learned = best_val_loss < untrained_loss or math.isinf(untrained_loss)
+    good = next((path for path in (Path(out_dir, BEST), Path(out_dir, LATEST)) if learned and path.is_file()), None)
+    again = f'go on from the last good one: --init_from={good} --out_dir=ANOTHER' if good else (
+        'start again: --init_from=scratch')
     return UserError(f'{what}. Nothing more was saved; {again},\nwith a lower --learning_rate, or --dtype=float32')
 
 
@@ -249,51 +256,51 @@ def due(interval):
 # training; the loop runs once more than it trains, so that the end is evaluated, too
 
 x, y = get_batch(start.step, 0)
+release = claim(out_dir) if rank == 0 else None         # one run at a time in a folder
 log_metrics = MetricsLog(out_dir, start.step, tensorboard, active=rank == 0)
-stop = StopSignal(say)                          # Ctrl-C and SIGTERM: finish the step, save, exit
+stop.listen()
 time_to_finish = TimeToFinish()
 peak = peak_flops(here, precision) * world_size
 start_time = time.perf_counter()
 best_val_loss = start.best_val_loss
+untrained_loss = math.inf                       # what a model is worth that has learned nothing, if it was evaluated
 skipped = 0                                     # steps in a row whose loss or gradient was not finite
 max_skipped = 10                                # so many, and the run ends
-stopping = 0                                    # the signal to stop for, once all processes know of it
 
 for step in range(start.step, max_steps + 1):
     last_step = step == max_steps
-    if stopping:
-        if not skipped:
-            save(step)
-        break
 
     # look up from the work now and then: how good is it, and is it safe on disk?
     names = []                                  # what this step is to be kept as, besides checkpoint.pt
     evaluated = last_step or (eval_interval > 0 and step % eval_interval == 0)
-    if evaluated:
-        val_loss = estimate_loss()
-        ppl = math.exp(min(val_loss, 700))
-        say(f'validation loss: {val_loss:.4f} | ppl: {ppl:.2f}')
-        log_metrics(step, val_loss=val_loss, ppl=ppl)
-        if step > 0 and val_loss < best_val_loss:
-            best_val_loss = val_loss
-            names.append(BEST)
-    if due(hellaswag_interval):
-        right, total = accuracy(hellaswag, hellaswag_questions)
-        say(f'HellaSwag accuracy: {right}/{total}={right / total:.4f}')
-        log_metrics(step, hellaswag=right / total)
-    if due(zh_eval_interval):
-        right, total = accuracy(eval_zh, tokenizer, template, zh_questions)
-        say(f'held-out questions: {right}/{total}={right / total:.4f} | elapsed: {elapsed():.1f}s')
-        log_metrics(step, zh_heldout=right / total)
+    with suppress(Stopped):
+        if evaluated:
+            val_loss = estimate_loss()
+            ppl = math.exp(min(val_loss, 700))
+            say(f'validation loss: {val_loss:.4f} | ppl: {ppl:.2f}')
+            log_metrics(step, val_loss=val_loss, ppl=ppl)
+            if step == 0:
+                untrained_loss = val_loss
+            elif val_loss < best_val_loss:
+                best_val_loss = val_loss
+                names.append(BEST)
+        if due(hellaswag_interval):
+            right, total = accuracy(hellaswag, hellaswag_questions)
+            say(f'HellaSwag accuracy: {right}/{total}={right / total:.4f}')
+            log_metrics(step, hellaswag=right / total)
+        if due(zh_eval_interval):
+            right, total = accuracy(eval_zh, tokenizer, template, zh_questions)
+            say(f'held-out questions: {right}/{total}={right / total:.4f} | elapsed: {elapsed():.1f}s')
+            log_metrics(step, zh_heldout=right / total)
+        if due(sample_interval):
+            print_samples(step)
     if checkpoint_interval and step % checkpoint_interval == 0:
         names.append(f'checkpoint_iter_{step}.pt')
-    if last_step:
+    if last_step and not stop.agreed:
         names.append(FINAL)
-    if step > 0 and (evaluated or names) and (last_step or not skipped):
+    if step > 0 and (evaluated or names or stop.agreed) and (last_step or not skipped):
         save(step, *names)
-    if due(sample_interval):
-        print_samples(step)
-    if last_step:
+    if last_step or stop.agreed:
         break
 
     synchronize(here)
@@ -323,8 +330,8 @@ for step in range(start.step, max_steps + 1):
     for o in optimizers:
         scaler.unscale_(o)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf')).item()
-    loss, *seen = all_sum([loss_sum.item(), *(stop.number == s for s in stop.SIGNALS)], here)
-    stopping = next((s for s, n in zip(stop.SIGNALS, seen, strict=True) if n), 0)
+    loss, *flags = all_sum([loss_sum.item(), *stop.flags()], here)
+    stop.agree(flags)
 
     # 3) step, unless something is not finite: then this step never happened, on any process
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -360,4 +367,6 @@ for step in range(start.step, max_steps + 1):
 best = f', best validation loss: {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
 say(f'total time: {elapsed() / 60:.2f} minutes{best}, checkpoints in {out_dir}')
 log_metrics.close()
-sys.exit(leave_distributed(128 + stopping if stopping else 0))
+if rank == 0:
+    release()
+sys.exit(leave_distributed(128 + stop.agreed if stop.agreed else 0))
