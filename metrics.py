@@ -1,5 +1,4 @@
-"""The numbers of a run: out_dir/metrics.jsonl, one object a line, and the same for TensorBoard in out_dir/tb. And how
-far any long work has come."""
+"""The numbers of a run, in out_dir/metrics.jsonl, one object a line, and TensorBoard; how far long work has come."""
 
 import json
 import statistics
