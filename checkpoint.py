@@ -71,8 +71,11 @@ def load_checkpoint(path):
     except Exception as e:                          # UnpicklingError: it holds objects whose loading would run code
         raise UserError(f'{path} holds more than tensors and plain values, so it is not loaded '
                         f'({str(e).splitlines()[0][:120]})') from None
-    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+    parts = [checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ('model', 'model_args')]
+    if not all(isinstance(part, dict) for part in parts) or not all(map(torch.is_tensor, parts[0].values())):
         raise UserError(f'{path} is not a checkpoint of a GPT: it has no model and model_args')
+    if not all(tensor.isfinite().all() for tensor in parts[0].values()):
+        raise UserError(f'{path} holds weights that are not finite; use another checkpoint')
     # nanoGPT's files carry torch.compile's prefix, and have no switches: there the GELU is the exact one
     model = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
     checkpoint['model'] = {k: v for k, v in model.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
@@ -163,6 +166,9 @@ def load_for_use(init_from, out_dir, device, dtype):
     """
     path, checkpoint = pick_checkpoint(init_from, out_dir)
     tokenizer, model = tokenizer_of(checkpoint, path), build_model(checkpoint, path)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f'{path} has a tokenizer of {tokenizer.vocab_size:,} ids and a model of '
+                        f'{model.config.vocab_size:,}: they do not belong together; use another checkpoint')
     kind = checkpoint.get('quantized') or dtype
     model = model.to(device) if checkpoint.get('quantized') else model.to(device=device, dtype=DTYPES[dtype])
     age = f'step {checkpoint["iter_num"]}' if 'iter_num' in checkpoint else 'published weights'

@@ -12,6 +12,7 @@ import ast
 import builtins
 import difflib
 import io
+import math
 import os
 import re
 import sys
@@ -130,7 +131,7 @@ def _checked(name, value, kind, where, from_text=False):
                 return int(value) if from_text else _whole(value)
             except ValueError:
                 return _whole(value)                   # 1e3 is an int if it is whole
-        if kind is float:
+        if kind is float and math.isfinite(float(value)):
             return float(value)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         pass
@@ -149,7 +150,7 @@ def _run_config_file(path, settings):
 
     `include('other.py')` in it runs another file of its folder, as if that one's lines stood there.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         known = [p.as_posix() for p in Path('config').glob('*.py')]
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
         hint = f'did you mean {near[0]}?' if near else 'settings are given as --key=value'

@@ -166,7 +166,7 @@ def _read_jsonl(path, raw, separator, template, encoding):
         try:
             record = json.loads(line)
             documents = list(_documents_of(record, template))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             talk = ('or {"prompt": "...", "completion": "..."}\nor {"conversations": [{"role": "user", "content": '
                     '"..."}, ...]}, with strings that are not empty')
             raise UserError(f'{path}:{number}: each line should be an object such as {{"text": "..."}} '

@@ -42,8 +42,12 @@ class ShardWriter:
         self.shards, self.files, self.count = [], [], 0     # (path, tokens) so far; open files and tokens of this one
 
     def write(self, tokens, mask=None):
-        """Append a list or array of ids, and one 0 or 1 for each if the data set has masks."""
-        tokens = np.asarray(tokens, dtype=self.dtype)
+        """Append a list or array of ids, and one 0 or 1 for each if the data set has masks. Raises ValueError for ids
+        that the file's format cannot hold."""
+        tokens = np.asarray(tokens)
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) <= np.iinfo(self.dtype).max:
+            raise ValueError(f'ids from {tokens.min()} to {tokens.max()} do not fit into {self.dtype}')
+        tokens = tokens.astype(self.dtype)
         mask = np.asarray(mask, dtype=np.uint8) if self.with_mask else None
         while len(tokens):
             if not self.files:
@@ -184,8 +188,10 @@ def read_meta(folder):
         return {}
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
+        if any(Path(shard['file']).name != shard['file'] for shards in meta['shards'].values() for shard in shards):
+            raise ValueError('it names files outside its folder')
         return {key: meta[key] for key in ('tokenizer', 'fingerprint', 'vocab_size', 'template', 'shards')}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}); prepare the data again') from None
 
 
@@ -245,6 +251,10 @@ def open_shard(path, headerless_ok=True):
     return np.memmap(path, dtype='<u2', mode='r')   # nanoGPT's: no header, just tokens
 
 
+def _open_mask(path):
+    return np.memmap(path, dtype=np.uint8, mode='r') if path.stat().st_size else np.zeros(0, dtype=np.uint8)
+
+
 class TokenDataset:
     """The shards of one split as one long row of tokens, cut into windows of block_size inputs and as many targets.
 
@@ -273,7 +283,7 @@ class TokenDataset:
         self.grad_accum_steps, self.rank, self.world_size = grad_accum_steps, rank, world_size
         self.masks = None
         if any(_mask_path(p).exists() for p in paths):
-            self.masks = [np.memmap(_mask_path(p), dtype=np.uint8, mode='r') if _mask_path(p).exists()
+            self.masks = [_open_mask(_mask_path(p)) if _mask_path(p).exists()
                           else np.broadcast_to(np.uint8(1), len(s)) for p, s in zip(paths, self.shards, strict=True)]
             for p, s, m in zip(paths, self.shards, self.masks, strict=True):
                 if len(m) != len(s):
@@ -281,6 +291,9 @@ class TokenDataset:
             self._pack_documents(int(self.shards[0][0]))           # a shard begins with its end-of-text token
         else:
             self.n_windows = (self.n_tokens - 1) // block_size
+        for path, shard in zip(paths, self.shards, strict=True) if rank == 0 and not meta else ():
+            for at in range(0, len(shard), 1 << 24):        # others' shards: better one pass now than a surprise later
+                self._check_ids(shard[at:at + (1 << 24)], path)
         if self.n_windows < 1:
             raise UserError(f'the {split} split of {folder} has {self.n_tokens:,} tokens, too few for one window of '
                             f'block_size {block_size}; lower --block_size, or prepare more text')
@@ -318,6 +331,15 @@ class TokenDataset:
         trained = np.concatenate(([0], np.cumsum(np.concatenate(self.masks), dtype=np.int64)))
         self.row_targets = np.array([sum(trained[stop] - trained[start + 1] for start, stop in window)
                                      for window in self.windows])
+        if not self.row_targets.sum():
+            raise UserError(f'the masks of {self.paths[0].parent} leave nothing to be trained on; prepare it again')
+
+    def _check_ids(self, tokens, path):
+        """Raise UserError if a token is none of this vocabulary."""
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise UserError(f'{path} holds token {low if low < 0 else high}, outside the vocabulary of '
+                            f'{self.vocab_size}; was it made with another tokenizer?')
 
     def _read(self, arrays, start, stop):
         """arrays[start:stop] of the long row that the shards make up; a range may cross from one shard to the next."""
@@ -348,10 +370,7 @@ class TokenDataset:
             at = 0
             for start, stop in ranges:
                 tokens = self._read(self.shards, start, stop).astype(np.int64)
-                if tokens.max() >= self.vocab_size:
-                    where = self.paths[int(np.searchsorted(self.ends, start + int(tokens.argmax()), side='right'))]
-                    raise UserError(f'{where} holds token {tokens.max()}, outside the vocabulary of {self.vocab_size}; '
-                                    'was it made with another tokenizer?')
+                self._check_ids(tokens, self.paths[int(np.searchsorted(self.ends, start, side='right'))])
                 n = len(tokens) - 1
                 x[b, at:at + n] = torch.from_numpy(tokens[:-1])
                 y[b, at:at + n] = torch.from_numpy(tokens[1:])

@@ -502,8 +502,8 @@ class GPT(nn.Module):
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """The next token (B,) int64 for logits (B, V) float32, drawn from softmax(logits / temperature), cut to the top_k
     likeliest tokens and to the fewest whose probabilities add up to top_p (Holtzman et al. 2019), the one that crosses
-    the threshold included. temperature 0 takes the likeliest."""
-    if temperature == 0:
+    the threshold included. temperature 0, or so small that float32 cannot divide by it, takes the likeliest."""
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):

@@ -126,16 +126,25 @@ class GPT2Tokenizer:
         self.eot = self.bpe.eot_token
 
     def encode(self, text):
-        return self.bpe.encode_ordinary(text)
+        return self.bpe.encode_ordinary(_whole(text))
 
     def encode_batch(self, texts):
-        return self.bpe.encode_ordinary_batch(texts)
+        return self.bpe.encode_ordinary_batch([_whole(text) for text in texts])
 
     def decode(self, ids):
         return self.bpe.decode([i for i in ids if i != self.eot])
 
     def state(self):
         return {'kind': 'gpt2'}
+
+
+def _whole(text):
+    """`text`, or a UserError for half a surrogate pair, which tiktoken would replace without a word."""
+    try:
+        text.encode('utf-8')
+        return text
+    except UnicodeEncodeError:
+        raise UserError(HALF_PAIR) from None
 
 
 def from_state(state):

@@ -88,7 +88,8 @@ zero = 0                        # 1: each process keeps only its part of the opt
 seed = 1337                     # of the weights, the order of the data, and dropout
 config = configure(globals(), presets=PRESETS, negative=False,      # a config file and --key=value may change these
                    at_least={'batch_size': 1, 'block_size': 1, 'eval_iters': 1, 'log_interval': 1},
-                   at_most={'seed': (1 << 31) - 1}, one_of={'optimizer': ('adamw', 'muon'), 'zero': (0, 1)})
+                   at_most={'seed': (1 << 31) - 1, 'n_layer': 10_000},
+                   one_of={'optimizer': ('adamw', 'muon'), 'zero': (0, 1)})
 # -----------------------------------------------------------------------------
 
 # 1) who are we, and what do we compute with?
@@ -98,8 +99,6 @@ precision = pick_dtype(dtype, here)             # 'bfloat16'
 compiling = pick_compile(compile, here)
 on_gpu = torch.device(here).type == 'cuda'
 torch.set_float32_matmul_precision('high')      # TF32, where float32 is asked for on a GPU that has it
-
-
 stop = StopSignal(rank)                         # Ctrl-C and the like; from the loop on: finish the step, save, exit
 say = stop.say                                  # print, on one process of all
 say(f'using device: {here}, dtype: {precision}, compile: {compiling}')

@@ -3,20 +3,23 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scripts import ROOT, Script, command, run
 
 from checkpoint import BEST, LATEST, find_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from configurator import UserError
-from dataset import mix
+from dataset import ShardWriter, TokenDataset, mix
 from device import StopSignal
+from tokenizer import gpt2_tokenizer
 
 A = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
      '--total_batch_size=512', '--device=cpu', '--dtype=float32', '--compile=false', '--tensorboard=false',
@@ -250,6 +253,87 @@ def test_no_flipped_bit_in_the_directory_of_a_checkpoint_loads_other_weights(tmp
         loaded += 1
         assert all(torch.equal(model[k], good['model'][k]) for k in good['model']), at
     assert loaded                                       # bits that mean nothing
+
+
+@pytest.mark.parametrize('changes, named', [
+    ({'model_args': [1, 2]}, 'is not a checkpoint'), ({'model': {'w': 'text'}}, 'is not a checkpoint'),
+    ({'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(60, 900))), 'eot': ''},
+      'tokenizer_fingerprint': None}, 'tokenizer of 840 ids'), ('nan', 'not finite')])
+def test_a_checkpoint_that_cannot_be_sampled_from_says_why(place, changes, named):
+    if not (place / 'out/odd').exists():
+        assert train(place, 'out/odd', '--max_steps=2').returncode == 0
+    checkpoint = torch.load(place / 'out/odd' / LATEST, weights_only=True)
+    if changes == 'nan':
+        checkpoint['model']['transformer.wte.weight'][0, 0] = float('nan')
+    else:
+        checkpoint |= changes
+        if checkpoint['tokenizer_fingerprint'] is None:
+            del checkpoint['tokenizer_fingerprint']
+    torch.save(checkpoint, place / 'odd.pt')
+    done = run(place, 'sample.py', '--init_from=odd.pt', '--device=cpu', '--max_new_tokens=3')
+    assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
+
+
+def test_a_temperature_that_is_next_to_nothing_takes_the_likeliest(place):
+    texts = {run(place, 'sample.py', '--init_from=out/odd', '--device=cpu', '--dtype=float32', '--prompt=the',
+                 f'--temperature={t}', '--max_new_tokens=20').stdout for t in ('0', '1e-300', '1e-40')}
+    assert len(texts) == 1 and 'Generation complete' in texts.pop()
+
+
+@pytest.mark.parametrize('settings, named', [
+    ('--learning_rate=inf', 'learning_rate'), ('--weight_decay=nan', 'weight_decay'), ('--grad_clip=inf', 'grad_clip'),
+    ('--weight_decay=-1', 'weight_decay'), ('--min_lr=-1e-4', 'min_lr'), ('--num_samples=-1', 'num_samples'),
+    (f'--n_layer={10**20}', 'n_layer'), ('x' * 300, 'no config file'), ('latin.py', 'latin.py, line 1')])
+def test_wrong_settings_end_at_once_in_words(place, settings, named):
+    (place / 'latin.py').write_bytes('# été\n'.encode('latin-1'))
+    done = train(place, 'out/never', settings)
+    assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
+    assert not (place / 'out/never').exists()
+
+
+def test_ids_that_do_not_fit_are_refused_on_the_way_in_and_on_the_way_out(tmp_path):
+    for ids in ([65536], [-1], [1, 2, 70000]):
+        with pytest.raises(ValueError, match='do not fit'):
+            ShardWriter(tmp_path, 'train', 50257).write(ids)
+    for split in ('train', 'val'):
+        np.save(tmp_path / f'{split}.npy', np.array([1, 2, -3, 4] * 20))
+    for vocab_size, said in ((10, 'token -3'), (3, 'token -3')):
+        with pytest.raises(UserError, match=f'{said}, outside the vocabulary of {vocab_size}'):
+            TokenDataset(tmp_path, 'train', 8, vocab_size, batch_size=1)        # before any window is drawn
+    np.save(tmp_path / 'train.npy', np.array([1, 2, 3, 4] * 20 + [99]))
+    with pytest.raises(UserError, match='token 99'):
+        TokenDataset(tmp_path, 'train', 8, 10, batch_size=1)
+
+
+@pytest.mark.parametrize('shards', [[], None, {'train': [{}], 'val': []}, {'train': [{'file': '../x.bin'}]},
+                                    {'train': 3}])
+def test_odd_shards_in_meta_json_are_refused(place, tmp_path, shards):
+    folder = shutil.copytree(place / 'data/tiny', tmp_path / 'odd')
+    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    (folder / 'meta.json').write_text(json.dumps(meta | {'shards': shards}), encoding='utf-8')
+    with pytest.raises(UserError, match='meta.json cannot be read'):
+        TokenDataset(folder, 'train', 8, 100, batch_size=1)
+
+
+@pytest.mark.parametrize('mask', [b'', bytes(80)])
+def test_a_mask_that_is_empty_or_leaves_nothing_to_train_on_is_refused(tmp_path, mask):
+    for split in ('train', 'val'):
+        np.array([0, 2, 3, 4] * 20, dtype='<u2').tofile(tmp_path / f'{split}.bin')
+        (tmp_path / f'{split}.mask.bin').write_bytes(mask)
+    with pytest.raises(UserError, match='mask'):
+        TokenDataset(tmp_path, 'train', 8, 10, batch_size=1)
+
+
+def test_gpt2s_tokenizer_refuses_half_a_surrogate():
+    for encode in (gpt2_tokenizer().encode, lambda text: gpt2_tokenizer().encode_batch([text])):
+        with pytest.raises(UserError, match='surrogate'):
+            encode('half a pair: \ud800')
+
+
+def test_a_line_of_brackets_is_named(place):
+    (place / 'deep.jsonl').write_text('{"text": "fine"}\n' + '[' * 100_000 + '\n', encoding='utf-8')
+    done = run(place, 'prepare_data.py', '--dataset=custom', '--input=deep.jsonl', '--tokenizer=char', '--out=data/d')
+    assert done.returncode == 2 and 'deep.jsonl:2' in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_every_seed_step_and_process_has_a_dropout_of_its_own():
