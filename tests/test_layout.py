@@ -40,3 +40,13 @@ def test_the_top_level_is_one_screen_of_files_and_the_readmes_map_has_them_all()
     assert len(FILES) <= 24
     rows = re.findall(r'^\| (`[^|]*) \|', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M)
     assert FILES.keys() <= set(re.findall(r'`(\w+)\.py`', ' '.join(rows)))
+
+
+def test_every_test_that_reliability_md_names_is_there():
+    rows = re.findall(r'^\| .* \| (`test_.*) \|$', (ROOT / 'RELIABILITY.md').read_text(encoding='utf-8'), re.M)
+    assert len(rows) > 15
+    for name in re.findall(r'`(\w+(?:\.py)?)`', ' '.join(rows)):
+        if name.endswith('.py'):
+            tests = re.findall(r'^def test_(\w+)', (ROOT / 'tests' / name).read_text(encoding='utf-8'), re.M)
+        else:
+            assert any(name in test for test in tests), name
