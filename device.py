@@ -190,8 +190,8 @@ class StopSignal:
 
     def listen(self):
         for number in self.SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has its reasons
-                signal.signal(number, self)
+            if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self)                 # but under nohup a closed terminal stays ignored
 
     def __call__(self, number, frame):
         now = time.monotonic()

@@ -15,7 +15,7 @@ PROCESS = {}            # the process that starts scripts for this one, as soon 
 
 # Starting a script takes seconds of imports, and there are hundreds of starts: here they are done once, before forking.
 LAUNCHER = '''
-import atexit, gc, json, os, runpy, sys, threading, time
+import atexit, gc, json, os, runpy, signal, sys, threading, time
 import numpy, pyarrow.parquet, safetensors.torch, tiktoken, tokenizers, torch, tqdm
 gc.freeze()
 for line in sys.stdin:
@@ -34,6 +34,7 @@ for line in sys.stdin:
 else:
     sys.exit()
 os.setsid()
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background may have it ignored
 os.chdir(job['cwd'])
 os.environ.clear()
 os.environ.update(job['env'])
