@@ -178,7 +178,7 @@ def test_a_config_file_may_include_another_of_its_folder(run):
 
 @pytest.mark.parametrize('arg, rules, said', [
     ('--times=-1', dict(negative=False), 'times must be at least 0, not -1'),
-    ('--rate=nan', dict(negative=False), 'rate must be at least 0, not nan'),
+    ('--rate=nan', {}, "rate should be a number, not 'nan' (on the command line)"),
     ('--times=0', dict(at_least={'times': 1}), 'times must be at least 1, not 0'),
     ('--times=1001', dict(at_most={'times': 1000}), 'times must be at most 1,000, not 1001'),
     ('--name=moon', dict(one_of={'name': ('world', 'sun')}), "name 'moon' is not one of world, sun")])
