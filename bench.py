@@ -14,10 +14,11 @@ import copy
 import statistics
 import time
 
+from configurator import configure      # first: from here on, Ctrl-C is quiet
+
 import torch
 
 from checkpoint import build_model, pick_checkpoint
-from configurator import configure
 from device import PEAK_TFLOPS, pick_device
 from model import GPT, PRESETS, GPTConfig
 from quantize import to_int8

@@ -57,7 +57,7 @@ def load_checkpoint(path):
     """The dict in a checkpoint file, on the CPU. Raises UserError if it is missing, damaged, or more than data."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'there is no checkpoint {path}')
+        raise UserError(f'there is no checkpoint file {path}')
     try:
         with zipfile.ZipFile(path) as archive:
             # torch skips what claims to be a folder or packed, and leaves whatever is in memory there

@@ -6,11 +6,14 @@ A script writes its settings as plain assignments at its top, and then one line:
 
 The names, defaults and comments are read from the script's source, so `--help` cannot disagree with the code.
 Later wins: `python train.py config/a.py config/b.py --learning_rate=1e-3`.
+
+Once this module is imported, errors that a user can put right end the process in a line or two, with status 2.
 """
 
 import ast
 import builtins
 import difflib
+import errno
 import io
 import math
 import os
@@ -35,8 +38,6 @@ def configure(namespace, argv=None, *, presets=None, negative=True, at_least=Non
     {setting: choices}.
     Raises UserError for an unknown key, a wrong type or value, or a config file that fails; exits 0 after `--help`.
     """
-    if namespace.get('__name__') == '__main__':
-        _end_errors_kindly()
     path = namespace['__file__']
     source = Path(path).read_text(encoding='utf-8')
     comments, sections = _read_comments(source)
@@ -221,24 +222,32 @@ def _help(path, docstring, settings, comments, sections):
     return '\n'.join(out)
 
 
-def _end_errors_kindly():
-    """From here on a UserError ends the process with its message on stderr and status 2, Ctrl-C with status 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream.encoding and stream.encoding.lower().replace('-', '') != 'utf8':
-            stream.reconfigure(encoding='utf-8', errors='replace')      # a Windows console may be set to GBK
+_DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EDQUOT)
 
-    def hook(kind, value, trace):   # to the true stderr: torch.distributed calls it with another, which is then lost
-        if issubclass(kind, KeyboardInterrupt):
-            raise SystemExit(130)
-        if issubclass(kind, UserError):
-            print(f'error: {value}', file=sys.__stderr__)
-            raise SystemExit(2)
+
+def _end_kindly(kind, value, trace):
+    """sys.excepthook: what is in the user's hands ends the process in words and status 2, Ctrl-C with status 130."""
+    said = f'{kind.__name__}: {value}'
+    if issubclass(kind, KeyboardInterrupt):
+        status, message = 130, ''
+    elif issubclass(kind, BrokenPipeError):                     # | head: who read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status, message = 141, ''
+    elif issubclass(kind, UserError):
+        status, message = 2, f'error: {value}\n'
+    elif issubclass(kind, MemoryError) or re.search("out ?of ?memory|can't allocate memory", said, re.I):
         # torch.OutOfMemoryError, numpy's MemoryError, and the RuntimeErrors of CPU allocator and CUDA
-        said = f'{kind.__name__}: {value}'
-        if issubclass(kind, MemoryError) or re.search("out ?of ?memory|can't allocate memory", said, re.I):
-            print(f'error: out of memory: {said.splitlines()[0][:200]}\nlower batch_size or block_size (in training, '
-                  'accumulation keeps total_batch_size as it is)', file=sys.__stderr__)
-            raise SystemExit(2)
-        sys.__excepthook__(kind, value, trace)
+        status, message = 2, (f'error: out of memory: {said.splitlines()[0][:200]}\nlower batch_size or block_size '
+                              '(in training, accumulation keeps total_batch_size as it is), or take a smaller model\n')
+    elif issubclass(kind, OSError) and (value.filename or value.errno in _DISK_ERRORS):
+        status, message = 2, f'error: {value.strerror}: {value.filename or "writing a file"}\n'
+    else:
+        return sys.__excepthook__(kind, value, trace)
+    sys.__stderr__.write(message)       # the true one: torch.distributed calls this with another, which is then lost
+    raise SystemExit(status)
 
-    sys.excepthook = hook
+
+sys.excepthook = _end_kindly
+for _stream in (sys.stdout, sys.stderr):
+    if _stream.encoding and _stream.encoding.lower().replace('-', '') != 'utf8':
+        _stream.reconfigure(encoding='utf-8', errors='replace')         # a Windows console may be set to GBK

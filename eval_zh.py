@@ -12,10 +12,11 @@ import json
 import time
 from pathlib import Path
 
+from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
+
 import torch
 
 from checkpoint import load_for_use
-from configurator import UserError, configure
 from device import pick_device, pick_dtype
 from sample import generate_texts
 

@@ -13,10 +13,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
+
 import torch
 
 from checkpoint import build_model, pick_checkpoint, tokenizer_of
-from configurator import UserError, configure
 from download import offline
 from files import write_atomically
 from huggingface import save_folder

@@ -4,6 +4,7 @@ import atexit
 import errno
 import hashlib
 import os
+import shutil
 import socket
 import sys
 import time
@@ -110,23 +111,23 @@ def try_lock(lock):
     return None
 
 
-def claim(folder):
+def claim(folder, room=0):
     """Make `folder`, and hold its run.lock until this process ends, however it ends. Raises UserError if another run
-    holds it, naming its host and process."""
+    holds it, naming its host and process, or if nothing could be saved there, which takes `room` bytes."""
+    path, me = Path(folder, 'run.lock'), [socket.gethostname(), str(os.getpid())]
     try:
         os.makedirs(folder, exist_ok=True)
-        path = Path(folder, 'run.lock')
         fd = try_lock(path)
         holder = path.read_text(encoding='utf-8').split()
+        if fd is None or (holder and holder[0] != me[0]):       # a lock may not reach from one machine to another
+            host, pid = holder if len(holder) == 2 else ('this or another machine', '?')
+            raise UserError(f'a run on {host}, process {pid}, is writing to {folder}: wait for it, or choose another '
+                            f'--out_dir.\nIf that one is no longer there, delete {path}')
+        os.truncate(fd, 0)
+        os.write(fd, ' '.join(me).encode())
+        in_the_way, free = [p for p in Path(folder).glob('*.pt*') if p.is_dir()], shutil.disk_usage(folder).free
     except OSError as e:
         raise UserError(f'cannot write to the folder {str(folder)!r}: {e.strerror}; choose another --out_dir') from None
-    me = [socket.gethostname(), str(os.getpid())]
-    if fd is None or (holder and holder[0] != me[0]):       # a lock may not reach from one machine to another
-        host, pid = holder if len(holder) == 2 else ('this or another machine', '?')
-        raise UserError(f'a run on {host}, process {pid}, is writing to {folder}: wait for it, or choose another '
-                        f'--out_dir.\nIf that one is no longer there, delete {path}')
-    os.truncate(fd, 0)
-    os.write(fd, ' '.join(me).encode())
 
     def release():
         atexit.unregister(release)
@@ -134,4 +135,10 @@ def claim(folder):
         os.close(fd)
 
     atexit.register(release)
+    if in_the_way:
+        raise UserError(f'{in_the_way[0]} is a folder, where a file is to be written: remove it, or choose another '
+                        '--out_dir')
+    if free < room:
+        raise UserError(f'a checkpoint takes {room / 1e6:,.1f} MB and more, of which {free / 1e6:,.1f} MB are left for '
+                        f'{folder}: make room, or choose another --out_dir')
     return release

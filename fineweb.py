@@ -28,10 +28,11 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
+
 import numpy as np
 import tiktoken
 
-from configurator import UserError, configure
 from download import hub_download, hub_files
 from files import locked, sha256_of, write_text_atomically
 from tokenizer import gpt2_tokenizer

@@ -14,10 +14,11 @@ import random
 import time
 from collections import namedtuple
 
+from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
+
 import torch
 
 from checkpoint import load_for_use
-from configurator import UserError, configure
 from device import from_everyone, init_distributed, leave_distributed, pick_device, pick_dtype
 from download import DownloadError, hub_download
 from metrics import progress_bar

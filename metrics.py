@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -18,35 +19,50 @@ class MetricsLog:
     do again, so that each step stands there once. active=False, as in all processes but one, logs nothing."""
 
     def __init__(self, out_dir, first_step=0, tensorboard=True, active=True):
-        self.file, self.writer, self.active = Path(out_dir, 'metrics.jsonl'), None, active
+        self.places, self.board = {}, None          # {where: the function that logs there}
         if not active:
             return
+        file, self.folder = Path(out_dir, 'metrics.jsonl'), Path(out_dir, 'tb')
         try:
-            lines = self.file.read_text(encoding='utf-8').splitlines() if first_step and self.file.exists() else []
+            lines = file.read_text(encoding='utf-8').splitlines() if first_step and file.exists() else []
             lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first_step]
-            write_text_atomically(self.file, ''.join(f'{line}\n' for line in lines))
+            write_text_atomically(file, ''.join(f'{line}\n' for line in lines))
+            self.places[file] = self._append
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-                self.writer = SummaryWriter(Path(out_dir, 'tb'), purge_step=first_step)
+                self.board = SummaryWriter(self.folder, purge_step=first_step)
+                self.places[self.folder] = self._add_scalars
+                # its thread hands on what goes wrong there to the next add_scalar(); no need to print it, too
+                threading.excepthook = lambda e: e.exc_type is OSError or threading.__excepthook__(e)
         except OSError as e:
             raise UserError(f'cannot log to {e.filename or out_dir}: {e.strerror}; remove what is in the way, or '
                             'choose another --out_dir') from None
 
     def __call__(self, step, **values):
-        if not self.active:
-            return
-        try:
-            with open(self.file, 'a', encoding='utf-8') as f:
-                f.write(json.dumps({'step': step, **values}) + '\n')
-            for key, value in values.items() if self.writer else ():
-                self.writer.add_scalar(key, value, step)
-        except OSError as e:        # a full disk: the run is worth more than its log
-            print(f'warning: nothing more is logged to {self.file}: {e.strerror}', file=sys.stderr, flush=True)
-            self.active = False
+        for place, write in list(self.places.items()):
+            try:
+                write(place, step, values)
+            except OSError as e:        # a full disk: the run is worth more than its log
+                self._give_up(place, e)
+
+    def _give_up(self, place, error):
+        if self.places.pop(place, None):
+            print(f'warning: nothing more is logged to {place}: {error.strerror}', file=sys.stderr, flush=True)
+
+    def _append(self, file, step, values):
+        with open(file, 'a', encoding='utf-8') as f:
+            f.write(json.dumps({'step': step, **values}) + '\n')
+
+    def _add_scalars(self, _, step, values):
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
 
     def close(self):
-        if self.writer:
-            self.writer.close()
+        try:
+            if self.board:
+                self.board.close()
+        except OSError as e:
+            self._give_up(self.folder, e)
 
 
 class TimeToFinish:

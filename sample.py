@@ -15,10 +15,11 @@ import time
 import unicodedata
 from pathlib import Path
 
+from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
+
 import torch
 
 from checkpoint import load_for_use
-from configurator import UserError, configure
 from device import pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------

@@ -195,10 +195,13 @@ def train_bpe(texts, vocab_size, single_han=False):
         raise UserError(f'vocab_size {vocab_size} is too small: a byte-level BPE has 256 bytes and the end-of-text '
                         'token; use --vocab_size=1024 or more')
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if single_han:
         alone = pre_tokenizers.Split(Regex('[\\u3400-\\u9fff\\U00020000-\\U0003ffff]'), 'isolated')
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([alone, bpe.pre_tokenizer])
+        words = pre_tokenizers.Sequence([alone, words])
+    # the time that training takes grows with the square of a word's length: there, no word is longer than this
+    short = pre_tokenizers.Split(Regex('\\S{1000}|\\s{1000}'), 'isolated')
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([short, words])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -206,6 +209,7 @@ def train_bpe(texts, vocab_size, single_han=False):
         bpe.train_from_iterator(texts, trainer)
     except UnicodeEncodeError:
         raise UserError(HALF_PAIR) from None
+    bpe.pre_tokenizer = words
     return from_state({'kind': 'bpe', 'tokenizer.json': bpe.to_str()})
 
 

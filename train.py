@@ -14,13 +14,14 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
+
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import eval_zh
 import hellaswag
 from checkpoint import BEST, FINAL, LATEST, prune_checkpoints, save_checkpoint, start_from
-from configurator import UserError, configure
 from dataset import TokenDataset, dataset_tokenizer, divide_batch, find_dataset, mix, read_meta
 from device import (Stopped, StopSignal, all_sum, autocast, from_everyone, init_distributed, leave_distributed,
                     peak_flops, pick_compile, pick_device, pick_dtype, state_bytes, synchronize)
@@ -88,7 +89,7 @@ zero = 0                        # 1: each process keeps only its part of the opt
 seed = 1337                     # of the weights, the order of the data, and dropout
 config = configure(globals(), presets=PRESETS, negative=False,      # a config file and --key=value may change these
                    at_least={'batch_size': 1, 'block_size': 1, 'eval_iters': 1, 'log_interval': 1},
-                   at_most={'seed': (1 << 31) - 1, 'n_layer': 10_000},
+                   at_most={'seed': (1 << 31) - 1, 'n_layer': 10_000, 'batch_size': 1_000_000},
                    one_of={'optimizer': ('adamw', 'muon'), 'zero': (0, 1)})
 # -----------------------------------------------------------------------------
 
@@ -255,7 +256,8 @@ def due(interval):
 # training; the loop runs once more than it trains, so that the end is evaluated, too
 
 x, y = get_batch(start.step, 0)
-release = claim(out_dir) if rank == 0 else None         # one run at a time in a folder
+room = 8 * raw_model.num_params()               # bytes: what a checkpoint has of each weight, and at least one moment
+release = claim(out_dir, room) if rank == 0 else None       # one run at a time in a folder
 log_metrics = MetricsLog(out_dir, start.step, tensorboard, active=rank == 0)
 stop.listen()
 time_to_finish = TimeToFinish()
