@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -92,6 +93,13 @@ class Script:
             path.unlink()
         return int(status)
 
+    def kill(self):
+        """End it and its workers, if they have not ended by themselves."""
+        if self.files[0].exists():
+            with suppress(ProcessLookupError):
+                self.send(signal.SIGKILL, group=True)
+            self.wait(10)
+
     def alive(self):
         """The process ids of its workers, where the system tells."""
         def marked(path):
@@ -118,3 +126,11 @@ def run(place, name, *args, processes=1, env=None, input='', timeout=300):
     script = Script(place, name, *args, env=env, input=input)
     status = script.wait(timeout)
     return subprocess.CompletedProcess(script.argv, status, script.out, script.err)
+
+
+def patched(place, code):
+    """A script in the folder `place` that runs `code`, and then the script of ours that its first argument names."""
+    path = Path(place, f'patched{zlib.crc32(code.encode())}.py')
+    path.write_text(f'import os, runpy, sys\nsys.argv.pop(0)\nsys.path[0] = root = {str(ROOT)!r}\n{code}\n'
+                    'runpy.run_path(os.path.join(root, sys.argv[0]), run_name="__main__")\n', encoding='utf-8')
+    return path

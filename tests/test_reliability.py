@@ -1,5 +1,8 @@
 """Nothing lost, nothing believed blindly: runs that diverge, meet each other, are stopped anywhere, or lack room."""
 
+import builtins
+import errno
+import io
 import json
 import os
 import re
@@ -7,23 +10,31 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, Script, command, run
+from scripts import ROOT, Script, command, patched, run
 
-from checkpoint import BEST, LATEST, find_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from checkpoint import (BEST, FINAL, LATEST, find_checkpoints, load_checkpoint, load_newest, prune_checkpoints,
+                        save_checkpoint)
 from configurator import UserError
 from dataset import ShardWriter, TokenDataset, mix
 from device import StopSignal
-from tokenizer import gpt2_tokenizer
+from files import claim
+from tokenizer import gpt2_tokenizer, train_bpe
 
 A = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
      '--total_batch_size=512', '--device=cpu', '--dtype=float32', '--compile=false', '--tensorboard=false',
      '--eval_iters=2', '--learning_rate=1e-3', '--min_lr=1e-4', '--warmup_steps=2']
+
+needs_posix = pytest.mark.skipif(os.name != 'posix', reason='Windows has no such thing')
 
 
 @pytest.fixture(scope='module')
@@ -48,17 +59,28 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def steps(place, out):
+def metrics(place, out):
     path = place / out / 'metrics.jsonl'
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-    return [json.loads(line)['step'] for line in lines if line.endswith('}') and '"loss"' in line]
+    return [json.loads(line) for line in lines if line.endswith('}')]
 
 
-def begun(place, out, *args, after=5):
-    """A run that goes on and on, `after` steps into it."""
-    script = Script(place, 'train.py', *A, f'--out_dir={out}', '--max_steps=100000', *args)
-    wait_for(lambda: len(steps(place, out)) > after)
-    return script
+def steps(place, out):
+    return [line['step'] for line in metrics(place, out) if 'loss' in line]
+
+
+@pytest.fixture
+def begun(place):
+    """begun(out): a run that goes on and on, `after` steps into it, and at the latest ends with the test."""
+    scripts = []
+
+    def begin(out, *args, after=5):
+        scripts.append(Script(place, 'train.py', *A, f'--out_dir={out}', '--max_steps=100000', *args))
+        wait_for(lambda: len(steps(place, out)) > after)
+        return scripts[-1]
+    yield begin
+    for script in scripts:
+        script.kill()
 
 
 # -----------------------------------------------------------------------------
@@ -81,14 +103,11 @@ def test_nothing_that_is_not_finite_is_saved_or_pushes_out_what_is_good(place, w
     out, more = f'out/broken{what}', ['--eval_interval=1', '--checkpoint_interval=1', '--keep_checkpoints=2']
     assert train(place, out, '--max_steps=4', *more).returncode == 0
     if what == 'weight':        # a step that breaks a weight, as a broken machine does
-        (place / 'breaks.py').write_text(
-            'import runpy, sys\nsys.argv.pop(0)\nsys.path[0] = sys.argv[0][:-len("train.py")]\nimport model, torch\n'
-            'clip = torch.nn.utils.clip_grad_norm_\n'
-            'def broken(parameters, *rest):\n    parameters = list(parameters)\n'
-            '    parameters[3].data.view(-1)[0] = float("inf")\n    return clip(parameters, *rest)\n'
-            'torch.nn.utils.clip_grad_norm_ = broken\nrunpy.run_path(sys.argv[0], run_name="__main__")\n',
-            encoding='utf-8')
-        done = run(place, place / 'breaks.py', ROOT / 'train.py', *A, f'--out_dir={out}', '--max_steps=9', *more)
+        breaks = patched(place, 'import torch\nclip = torch.nn.utils.clip_grad_norm_\n'
+                         'def broken(parameters, *rest):\n    parameters = list(parameters)\n'
+                         '    parameters[3].data.view(-1)[0] = float("inf")\n    return clip(parameters, *rest)\n'
+                         'torch.nn.utils.clip_grad_norm_ = broken')
+        done = run(place, breaks, 'train.py', *A, f'--out_dir={out}', '--max_steps=9', *more)
     else:
         done = train(place, out, '--max_steps=9', '--learning_rate=1e38', *more)
     assert done.returncode == 2 and f'--init_from={out}/best_checkpoint.pt --out_dir=ANOTHER' in done.stderr
@@ -100,11 +119,55 @@ def test_nothing_that_is_not_finite_is_saved_or_pushes_out_what_is_good(place, w
         assert all(t.isfinite().all() for t in load_checkpoint(path)['model'].values()), path
 
 
+@pytest.mark.parametrize('steps_bad', [(4,), range(4, 100)], ids=['once', 'again and again'])
+def test_what_is_not_finite_on_one_process_is_skipped_on_all(place, steps_bad):
+    out = f'out/rank{len(steps_bad)}'
+    # the second process's gradient is not finite: found as in the first, since gradients are averaged
+    bad = patched(place, 'import torch\nbackward, calls = torch.Tensor.backward, [0]\n'
+                  'def broken(loss):\n    calls[0] += 1\n'
+                  f'    factor = "nan" if os.environ["RANK"] == "1" and (calls[0] - 1) // 2 in {steps_bad} else 1\n'
+                  '    backward(loss * float(factor))\ntorch.Tensor.backward = broken')
+    done = run(place, bad, 'train.py', *A, f'--out_dir={out}', '--max_steps=20', '--eval_interval=2', processes=2)
+    assert done.stdout.count('is not finite; skipped') == min(len(steps_bad), 10)
+    if len(steps_bad) == 1:
+        assert done.returncode == 0, done.stderr
+        assert load_checkpoint(place / out / LATEST)['iter_num'] == 20
+    else:
+        assert done.returncode != 0 and 'error: 10 steps in a row were not finite' in done.stderr
+        assert load_checkpoint(place / out / LATEST)['iter_num'] == 4
+
+
+def test_looking_at_a_run_changes_nothing_of_it(place):
+    logs = {}
+    for i, looks in enumerate([('--eval_interval=0', '--log_interval=1'),
+                               ('--eval_interval=1', '--eval_iters=7', '--checkpoint_interval=3', '--tensorboard=true',
+                                '--sample_interval=2', '--sample_tokens=5'),
+                               ('--eval_interval=4', '--log_interval=3')]):
+        assert train(place, f'out/look{i}', '--max_steps=12', '--dropout=0.2', *looks).returncode == 0
+        logs[i] = {line['step']: line['loss'] for line in metrics(place, f'out/look{i}') if 'loss' in line}
+        logs[i]['weights'] = [t.sum().item() for t in load_checkpoint(place / f'out/look{i}' / FINAL)['model'].values()]
+    assert logs[0] == logs[1] and len(logs[0]) == 13
+    assert logs[2] == {step: logs[0][step] for step in (0, 3, 6, 9, 'weights')}
+
+
+def test_a_run_goes_on_with_fewer_processes_and_the_same_losses(place):
+    assert train(place, 'out/alone', '--max_steps=12', '--eval_interval=4', '--min_lr=1e-3').returncode == 0
+    for processes, until in ((4, 4), (2, 8), (1, 12)):
+        done = run(place, 'train.py', *A, '--out_dir=out/fewer', '--eval_interval=4', f'--max_steps={until}',
+                   '--min_lr=1e-3', processes=processes)
+        assert done.returncode == 0, done.stderr
+    alone, fewer = (metrics(place, out) for out in ('out/alone', 'out/fewer'))
+    assert [line['step'] for line in alone] == [line['step'] for line in fewer]
+    for a, b in zip(alone, fewer, strict=True):
+        for key in a.keys() & {'loss', 'val_loss', 'norm'}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4), (a, b)
+
+
 # -----------------------------------------------------------------------------
 # two runs, and which checkpoint is the newest
 
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(place):
-    first = begun(place, 'out/shared')
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(place, begun):
+    first = begun('out/shared')
     second = train(place, 'out/shared', '--max_steps=3')
     assert second.returncode == 2 and 'Traceback' not in second.stderr
     assert f'a run on {socket.gethostname()}, process {first.pid}, is writing to out/shared' in second.stderr
@@ -138,15 +201,66 @@ def test_the_best_checkpoint_is_there_before_the_latest_says_how_good_it_is(tmp_
     assert saves == ['*names, LATEST']
 
 
+def save_and_die(folder, checkpoint, names, n, links):
+    """In a process of its own: save and prune, and die at the n-th operation on files; whether it lived on."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    left = [n]
+
+    def mortal(real, *args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+        return real(*args, **options)
+
+    class MortalFile(io.FileIO):                # without a buffer, so that every write is one
+        def write(self, data):
+            if left[0] == 0:                    # the last one gets half of its bytes to the disk
+                super().write(bytes(data)[:len(data) // 2])
+            return mortal(super().write, data)
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, 'no links here')
+
+    builtins.open = lambda path, mode: mortal(MortalFile, path, mode[0])
+    for name in ('replace', 'fsync', 'link', 'unlink', 'open', 'close'):
+        setattr(os, name, partial(mortal, no_links if name == 'link' and not links else getattr(os, name)))
+    save_checkpoint(folder, checkpoint, names)
+    prune_checkpoints(folder, 2)
+    os._exit(0)
+
+
+@needs_posix
+@pytest.mark.parametrize('links', [True, False])
+def test_death_at_any_operation_of_a_save_leaves_the_old_state_or_the_new(tmp_path, links):
+    def state(step):
+        return {'model': {'w': torch.full((30, 40), float(step))}, 'model_args': {'mlp': 'gelu'}, 'iter_num': step}
+
+    for n in range(1000):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for step in (1, 2):
+            save_checkpoint(folder, state(step), [f'checkpoint_iter_{step}.pt', BEST, LATEST])
+        if save_and_die(folder, state(3), ['checkpoint_iter_3.pt', BEST, LATEST], n, links):
+            break
+        steps = {path.name: load_checkpoint(path)['iter_num'] for path in folder.glob('*.pt')}
+        assert 2 <= steps[LATEST] <= steps[BEST] <= 3 and steps['checkpoint_iter_2.pt'] == 2, (n, steps)
+        assert load_newest(folder)[1]['iter_num'] == max(steps.values())
+        save_checkpoint(folder, state(5), [LATEST])     # what was left behind is in nobody's way
+        assert load_newest(folder)[1]['iter_num'] == 5
+    assert 30 < n < 999
+    print(f'{n} deaths')
+
+
 # -----------------------------------------------------------------------------
 # stopping
 
 @pytest.mark.parametrize('numbers', [[signal.SIGTERM] * 2, [signal.SIGHUP], [signal.SIGINT]], ids=str)
-def test_a_signal_in_an_evaluation_is_obeyed_soon_and_one_sent_twice_is_one(place, numbers):
+def test_a_signal_in_an_evaluation_is_obeyed_soon_and_one_sent_twice_is_one(place, begun, numbers):
     out = f'out/signal{len(numbers)}{int(numbers[0])}'
-    script = Script(place, 'train.py', *A, f'--out_dir={out}', '--max_steps=100000', '--eval_interval=0',
-                    '--sample_interval=3', '--sample_tokens=1000000', '--num_samples=1')
-    wait_for(lambda: steps(place, out)[-1:] == [2])
+    script = begun(out, '--eval_interval=0', '--sample_interval=3', '--sample_tokens=1000000', '--num_samples=1',
+                   after=2)
     time.sleep(0.5)                                     # it is making a sample without end by now
     began = time.monotonic()
     for number in numbers:
@@ -155,6 +269,37 @@ def test_a_signal_in_an_evaluation_is_obeyed_soon_and_one_sent_twice_is_one(plac
     assert script.wait(20) == 128 + numbers[0], script.err
     assert time.monotonic() - began < 5
     assert load_checkpoint(place / out / LATEST)['iter_num'] == 3
+
+
+@needs_posix
+@pytest.mark.parametrize('to', ['torchrun', 'a worker', 'all'])
+def test_a_signal_under_torchrun_saves_one_checkpoint_and_leaves_no_process(place, to):
+    out, quiet = place / f'out/to-{to}', {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+    with subprocess.Popen(command('train.py', *A, f'--out_dir={out}', '--max_steps=100000', processes=2), cwd=place,
+                          start_new_session=True, **quiet) as agent:
+        try:
+            wait_for(lambda: len(steps(place, out)) > 5)
+            worker = int((out / 'run.lock').read_text(encoding='utf-8').split()[1])
+            if to == 'all':                             # and torchrun, as it does, signals its workers once more
+                os.killpg(agent.pid, signal.SIGTERM)
+            else:
+                os.kill(agent.pid if to == 'torchrun' else worker, signal.SIGTERM)
+            agent.wait(timeout=30)                      # schedulers kill what is still there
+            with pytest.raises(ProcessLookupError):
+                os.killpg(agent.pid, 0)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+    assert load_checkpoint(out / LATEST)['iter_num'] == max(steps(place, out)) + 1
+    assert not (out / 'run.lock').exists()
+
+
+@pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='needs to see what a process has loaded')
+def test_ctrl_c_while_a_script_loads_ends_it_without_a_word(place):
+    with subprocess.Popen(command('train.py', *A), cwd=place, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: 'libtorch' in Path(f'/proc/{process.pid}/maps').read_text(encoding='utf-8'))
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == '' and process.returncode == 130
 
 
 def test_who_stops_reading_the_output_does_not_lose_the_run(place):
@@ -187,13 +332,10 @@ def test_a_signal_seconds_after_the_first_ends_the_process(monkeypatch):
 @pytest.mark.parametrize('clock', ['time.time = lambda t=time.time, n=[0]: n.append(0) or t() - 3600 * len(n)',
                                    'time.perf_counter = lambda: 1.0; time.monotonic = lambda: 1.0'])
 def test_a_clock_that_goes_back_or_stands_still_gives_no_nonsense(place, clock):
-    (place / 'clock.py').write_text(f'import runpy, sys, time\nsys.argv.pop(0)\nsys.path[0] = {str(ROOT)!r}\n{clock}\n'
-                                    'runpy.run_path(sys.argv[0], run_name="__main__")\n', encoding='utf-8')
     out = f'out/clock{len(clock)}'
-    done = run(place, place / 'clock.py', ROOT / 'train.py', *A, f'--out_dir={out}', '--max_steps=14')
+    done = run(place, patched(place, f'import time\n{clock}'), 'train.py', *A, f'--out_dir={out}', '--max_steps=14')
     assert done.returncode == 0, done.stderr
-    numbers = [value for line in (place / out / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
-               for value in json.loads(line).values()]
+    numbers = [value for line in metrics(place, out) for value in line.values()]
     assert min(numbers) >= 0 and not re.search(r'[ :]-\d', done.stdout)
 
 
@@ -211,20 +353,99 @@ def test_every_kind_of_out_of_memory_is_told_in_two_lines(tmp_path, error):
     assert len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize('way', ['metrics.jsonl/', 'tb', 'checkpoint.pt.tmp/'])
-def test_what_is_in_the_way_in_out_dir_is_named(place, way):
-    out = place / f'out/way{len(way)}'
-    out.mkdir(parents=True)
-    (out / way).mkdir() if way.endswith('/') else (out / way).write_text('x', encoding='utf-8')
+def standing_in_the_way(out, kind):
+    """Make `out` one of the folders that no run can write to; returns its path."""
+    out.parent.mkdir(exist_ok=True)
+    if kind == 'a file':
+        out.write_text('x', encoding='utf-8')
+    elif kind == 'below a file':
+        out.write_text('x', encoding='utf-8')
+        return out / 'below'
+    elif kind == 'a link to nowhere':
+        out.symlink_to('nowhere')
+    elif kind == 'a link to itself':
+        out.symlink_to(out)
+    elif kind == 'too long a name':
+        return out / ('n' * 300)
+    elif kind == 'no name':
+        return ''
+    elif kind == 'tb is a file':
+        out.mkdir()
+        (out / 'tb').write_text('x', encoding='utf-8')
+    elif kind == 'read-only':
+        out.mkdir(mode=0o555)
+    else:
+        (out / kind).mkdir(parents=True)
+    return out
+
+
+@pytest.mark.parametrize('kind', [
+    'a file', 'below a file', 'a link to nowhere', 'a link to itself', 'too long a name', 'no name', 'tb is a file',
+    'read-only', 'metrics.jsonl', 'metrics.jsonl.tmp', 'run.lock', 'checkpoint.pt', 'checkpoint.pt.tmp',
+    'best_checkpoint.pt', 'final_checkpoint.pt.tmp', 'checkpoint_iter_100.pt'])
+def test_what_is_in_the_way_in_out_dir_is_named_before_training(place, kind):
+    if kind == 'read-only' and os.name == 'posix' and os.geteuid() == 0:
+        pytest.skip('root may write anywhere')
+    out = standing_in_the_way(place / f'out/way-{kind}', kind)
     done = train(place, out, '--max_steps=3', '--tensorboard=true')
-    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
-    assert way.strip('/').removesuffix('.tmp') in done.stderr
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'step     0' not in done.stdout, done.stderr
+    assert (str(out) or '--out_dir') in done.stderr and len(done.stderr.splitlines()) <= 2
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=5_000_000))
+    claim(tmp_path / 'fits', room=5_000_000)()
+    with pytest.raises(UserError, match='takes 5.0 MB and more, of which 5.0 MB are left'):
+        claim(tmp_path / 'out', room=5_000_001)
+
+
+LIMIT = ('import resource\nsoft, hard = resource.getrlimit(resource.{0})\n'
+         'resource.setrlimit(resource.{0}, ({1}, hard))')
+
+
+@needs_posix
+def test_a_disk_that_is_full_when_saving_costs_nothing_that_was_there(place):
+    more = ['--out_dir=out/fulldisk', '--eval_interval=0', '--checkpoint_interval=5', '--keep_checkpoints=2']
+    assert run(place, 'train.py', *A, *more, '--max_steps=10').returncode == 0
+    before = {p.name: p.read_bytes() for p in (place / 'out/fulldisk').glob('*.pt*')}
+    done = run(place, patched(place, LIMIT.format('RLIMIT_FSIZE', 100_000)), 'train.py', *A, *more, '--max_steps=20')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert 'checkpoint_iter_10.pt' in done.stderr and 'what was there before is untouched' in done.stderr
+    assert {p.name: p.read_bytes() for p in (place / 'out/fulldisk').glob('*.pt*')} == before
+    assert run(place, 'train.py', *A, *more, '--max_steps=20').returncode == 0      # there is room again
+
+
+@needs_posix
+def test_a_full_disk_under_tensorboard_costs_its_log_and_not_the_run(tmp_path):
+    code = ('import sys, resource\nsys.path.insert(0, sys.argv[1])\nfrom metrics import MetricsLog\n'
+            'log = MetricsLog(".")\nlog.board.flush()\nlog.places = {log.folder: log.places[log.folder]}\n'
+            'resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n'
+            'for i in range(int(sys.argv[2])):\n    log(i, loss=0.0, lr=0.0)\nlog.close()')
+    for lines in (2000, 45):                # it is seen while logging, and when the file is closed
+        done = subprocess.run([sys.executable, '-c', code, str(ROOT), str(lines)], cwd=tmp_path, text=True,
+                              capture_output=True)
+        assert (done.returncode, done.stderr) == (0, 'warning: nothing more is logged to tb: File too large\n')
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs limits on memory')
+@pytest.mark.parametrize('args', [
+    ('train.py', *A, '--out_dir=out/greedy', '--batch_size=400000', '--total_batch_size=0'),
+    ('train.py', *A, '--out_dir=out/greedy', '--n_embd=20000'),
+    ('sample.py', '--init_from=out/times', '--device=cpu', '--num_samples=10000000000'),
+    ('sample.py', '--init_from=out/times', '--device=cpu', '--num_samples=100000', '--batch_size=100000')], ids=str)
+def test_a_script_that_runs_out_of_memory_says_so_in_two_lines(place, args):
+    if not (place / 'out/times').exists():
+        assert train(place, 'out/times', '--max_steps=6', '--checkpoint_interval=2').returncode == 0
+    used = 'int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (1 << 28)'
+    done = run(place, patched(place, f'import torch\n{LIMIT.format("RLIMIT_AS", used)}'), *args)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r'^error: out of memory.*\nlower batch_size.*\n\Z', done.stderr, re.M), done.stderr
 
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs a disk that is always full')
-def test_a_full_disk_under_the_log_costs_the_log_and_not_the_run(place):
+def test_a_full_disk_under_the_log_costs_the_log_and_not_the_run(place, begun):
     out = place / 'out/fulllog'
-    script = begun(place, out, '--eval_interval=0')
+    script = begun(out, '--eval_interval=0')
     (out / 'metrics.jsonl').rename(out / 'before.jsonl')
     (out / 'metrics.jsonl').symlink_to('/dev/full')
     time.sleep(1)
@@ -334,6 +555,15 @@ def test_a_line_of_brackets_is_named(place):
     (place / 'deep.jsonl').write_text('{"text": "fine"}\n' + '[' * 100_000 + '\n', encoding='utf-8')
     done = run(place, 'prepare_data.py', '--dataset=custom', '--input=deep.jsonl', '--tokenizer=char', '--out=data/d')
     assert done.returncode == 2 and 'deep.jsonl:2' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_words_without_an_end_do_not_stop_the_training_of_a_bpe():
+    begun = time.monotonic()
+    bpe = train_bpe(['a' * 400_000, '=' * 400_000, ' ' * 400_000, 'a few words'], 300)
+    assert time.monotonic() - begun < 20            # it was minutes: the time grew with the square of the length
+    text = 'a' * 5000 + '=' * 5000
+    assert bpe.decode(bpe.encode(text)) == text and len(bpe.encode(text)) < 200
+    assert 'Split' not in bpe.text                  # only the training cuts them
 
 
 def test_every_seed_step_and_process_has_a_dropout_of_its_own():

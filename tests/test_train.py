@@ -17,7 +17,7 @@ import torch
 
 from checkpoint import build_model, load_checkpoint
 from metrics import TimeToFinish
-from scripts import ROOT, Script, run
+from scripts import ROOT, Script, patched, run
 
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--total_batch_size=0',
         '--learning_rate=1e-3', '--min_lr=1e-4', '--warmup_steps=2', '--eval_iters=3', '--device=cpu',
@@ -235,11 +235,9 @@ def test_a_finished_run_is_left_as_it_is_and_a_resumed_one_says_what_changed(pla
 
 
 def test_mfu_stays_below_all_there_is_even_if_the_peak_was_timed_on_a_busy_machine(place):
-    (place / 'busy.py').write_text('import runpy, sys\nsys.argv.pop(0)\nsys.path[0] = sys.argv[0][:-len("train.py")]\n'
-                                   'import device\ndevice.peak_flops = lambda *_: 1.0\n'
-                                   'runpy.run_path(sys.argv[0], run_name="__main__")\n', encoding='utf-8')
-    done = run(place, place / 'busy.py', ROOT / 'train.py', '--dataset=tiny', '--out_dir=out/busy', *TINY,
-               '--max_steps=3', '--eval_interval=0')
+    busy = patched(place, 'import device\ndevice.peak_flops = lambda *_: 1.0')
+    done = run(place, busy, 'train.py', '--dataset=tiny', '--out_dir=out/busy', *TINY, '--max_steps=3',
+               '--eval_interval=0')
     assert done.returncode == 0, done.stderr
     mfu = [m['mfu'] for m in metrics(place, 'out/busy') if 'mfu' in m]
     assert mfu[0] == 1 and max(mfu) <= 1
