@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, first_line
 from dataset import dataset_tokenizer, find_dataset
 from device import DTYPES, from_everyone, load_optimizer
 from files import beside, write_atomically
@@ -67,10 +67,10 @@ def load_checkpoint(path):
             raise zipfile.BadZipFile(f'the checksum of {bad} does not match')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, KeyError) as e:
-        raise UserError(f'{path} is damaged ({str(e).splitlines()[0]}); use another checkpoint') from None
+        raise UserError(f'{path} is damaged ({first_line(e)}); use another checkpoint') from None
     except Exception as e:                          # UnpicklingError: it holds objects whose loading would run code
         raise UserError(f'{path} holds more than tensors and plain values, so it is not loaded '
-                        f'({str(e).splitlines()[0][:120]})') from None
+                        f'({first_line(e)})') from None
     parts = [checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ('model', 'model_args')]
     if not all(isinstance(part, dict) for part in parts) or not all(map(torch.is_tensor, parts[0].values())):
         raise UserError(f'{path} is not a checkpoint of a GPT: it has no model and model_args')

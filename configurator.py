@@ -28,6 +28,11 @@ class UserError(Exception):
     """Something the user can put right. The message says what is wrong and what to do, in one or two lines."""
 
 
+def first_line(error):
+    """What an exception says, in at most a line: some say nothing but their names, some a page."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def configure(namespace, argv=None, *, presets=None, negative=True, at_least=None, at_most=None, one_of=None):
     """Change the settings in `namespace` as config files and the command line say; return all of them as a dict.
 

@@ -14,7 +14,7 @@ import zlib
 from collections import namedtuple
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, first_line
 from dataset import ShardWriter, install_dataset
 from metrics import progress_bar
 
@@ -222,7 +222,7 @@ def _read_parquet(path, raw, *_):
                     raise TypeError('its text column holds no text')
                 yield from _pieces_of(text or '')
     except (pyarrow.ArrowException, OSError, IndexError, TypeError, UnicodeDecodeError) as e:
-        why = (str(e) or type(e).__name__).splitlines()[0]
+        why = first_line(e)
         raise UserError(f'{path} cannot be read as parquet with a text column: {why}') from None
 
 

@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
+from configurator import UserError, configure, first_line      # first: from here on, Ctrl-C is quiet
 
 import torch
 
@@ -92,7 +92,7 @@ def upload(folder, repo):
         raise UserError(f'{folder} is written, but nobody is logged in to the hub: run `hf auth login`, or set '
                         'HF_TOKEN') from None
     except Exception as e:                          # of whatever library it talks through: no network, no right, ...
-        why = (str(e) or type(e).__name__).splitlines()[0]
+        why = first_line(e)
         raise UserError(f'{folder} is written, but the hub did not take it as {repo}: {why}') from None
 
 

@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, first_line
 
 try:
     import fcntl
@@ -44,7 +44,7 @@ def write_atomically(path, write):
             tmp.unlink(missing_ok=True)
         if isinstance(e, RuntimeError) and 'write' not in str(e).lower():
             raise
-        why = getattr(e, 'strerror', None) or str(e).splitlines()[0]
+        why = getattr(e, 'strerror', None) or first_line(e)
         raise UserError(f'cannot write {path}: {why}; what was there before is untouched') from None
 
 

@@ -14,7 +14,7 @@ import random
 import time
 from collections import namedtuple
 
-from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
+from configurator import UserError, configure, first_line      # first: from here on, Ctrl-C is quiet
 
 import torch
 
@@ -47,7 +47,7 @@ def load_questions(tokenizer, data='', limit=0):
     try:
         path = data or hub_download(REPO, FILE, FOLDER, repo_type='dataset')
     except DownloadError as e:
-        raise UserError(f'HellaSwag: {str(e).splitlines()[0]}\nname a local file with --data (of train.py: '
+        raise UserError(f'HellaSwag: {first_line(e)}\nname a local file with --data (of train.py: '
                         '--hellaswag_data), or do without') from None
     rows = []
     for place, row in read_rows(path):
@@ -93,7 +93,7 @@ def read_rows(path):
                     except (ValueError, RecursionError) as e:
                         raise UserError(f'{path}:{n} is not JSON: {e}') from None
     except (OSError, ValueError) as e:      # pyarrow's exceptions are ValueErrors, too
-        raise UserError(f'{path} cannot be read as questions: {str(e).splitlines()[0]}') from None
+        raise UserError(f'{path} cannot be read as questions: {first_line(e)}') from None
 
 
 def fit(question, block_size):

@@ -11,7 +11,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from configurator import UserError, configure
+from configurator import UserError, configure, first_line
 from corpus import Piece, find_inputs, read_documents, split_pieces, split_rule, write_dataset
 from dataset import start_dataset
 from download import DownloadError, download, hub_download, hub_files
@@ -39,7 +39,7 @@ def shakespeare(folder):
                          folder / 'input.txt', size=1_115_394,
                          sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')]
     except DownloadError as e:
-        raise UserError(f'{str(e).splitlines()[0]}\nor fetch it in another way, and name it: --dataset={dataset} '
+        raise UserError(f'{first_line(e)}\nor fetch it in another way, and name it: --dataset={dataset} '
                         '--input=FILE') from None
 
 
