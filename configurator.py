@@ -30,7 +30,7 @@ class UserError(Exception):
 
 def first_line(error):
     """What an exception says, in at most a line: some say nothing but their names, some a page."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def configure(namespace, argv=None, *, presets=None, negative=True, at_least=None, at_most=None, one_of=None):

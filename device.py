@@ -8,6 +8,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
 
@@ -122,8 +123,13 @@ def init_distributed(device_name):
     local_rank = int(os.environ['LOCAL_RANK'])
     if not on_cpu:
         pick_device('cuda', local_rank)     # before the group is made, so that nccl binds to the right GPU
-    dist.init_process_group(backend='gloo' if on_cpu else 'nccl')
-    return dist.get_rank(), local_rank, dist.get_world_size()
+    # torchrun --max_restarts keeps the store in which processes meet, and in it the addresses of those that have died
+    store, rank, world_size = next(rendezvous('env://'))
+    alone = os.environ.get('GROUP_WORLD_SIZE', '1') == '1'      # each machine counts only its own restarts
+    start = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else 'any'
+    dist.init_process_group('gloo' if on_cpu else 'nccl', store=dist.PrefixStore(f'start {start}', store), rank=rank,
+                            world_size=world_size)
+    return rank, local_rank, world_size
 
 
 def from_everyone(value):

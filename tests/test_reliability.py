@@ -294,6 +294,20 @@ def test_a_signal_under_torchrun_saves_one_checkpoint_and_leaves_no_process(plac
     assert not (out / 'run.lock').exists()
 
 
+@needs_posix
+def test_workers_that_torchrun_restarts_go_on_where_they_were(place):
+    wounded = patched(place, 'import torch\nclip, calls = torch.nn.utils.clip_grad_norm_, [0]\n'
+                      'def dies(*args):\n    calls[0] += 1\n'
+                      '    if os.environ["TORCHELASTIC_RESTART_COUNT"] == os.environ["RANK"] == "0" and calls[0] == 8:\n'
+                      '        os.kill(os.getpid(), 9)\n    return clip(*args)\n'
+                      'torch.nn.utils.clip_grad_norm_ = dies')
+    line = command(wounded, 'train.py', *A, '--out_dir=out/restarted', '--eval_interval=5', '--max_steps=9', processes=2)
+    line.insert(line.index('--standalone'), '--max_restarts=1')
+    done = subprocess.run(line, cwd=place, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and 'at step 5' in done.stdout, done.stderr
+    assert steps(place, 'out/restarted') == list(range(9))
+
+
 @pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='needs to see what a process has loaded')
 def test_ctrl_c_while_a_script_loads_ends_it_without_a_word(place):
     with subprocess.Popen(command('train.py', *A), cwd=place, stderr=subprocess.PIPE, text=True) as process:
