@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from configurator import UserError, first_line
+from configurator import UserError
 
 try:
     import fcntl
@@ -39,13 +39,13 @@ def write_atomically(path, write):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as e:            # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as e:
         with suppress(OSError):
             tmp.unlink(missing_ok=True)
-        if isinstance(e, RuntimeError) and 'write' not in str(e).lower():
+        why = e if isinstance(e, OSError) else e.__context__    # torch.save hides a full disk behind an error of its own
+        if not isinstance(why, OSError):
             raise
-        why = getattr(e, 'strerror', None) or first_line(e)
-        raise UserError(f'cannot write {path}: {why}; what was there before is untouched') from None
+        raise UserError(f'cannot write {path}: {why.strerror}; what was there before is untouched') from None
 
 
 def write_text_atomically(path, text):

@@ -1,12 +1,14 @@
 """files.py: what is written is whole or not there, and a lock lets one process in at a time."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import files
 from configurator import UserError
@@ -25,6 +27,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UserError, match='No space left'):
         write_atomically(path, fails)
     assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('room', [0, 1, 63, 64, 500, 1000, 1500, 40_000, 41_000])
+def test_a_disk_that_is_full_after_any_number_of_bytes_is_told_as_that(tmp_path, monkeypatch, room):
+    class Disk(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > room:
+                super().write(bytes(data)[:room - self.tell()])
+                raise OSError(errno.ENOSPC, 'No space left on device')
+            return super().write(data)
+    monkeypatch.setattr('builtins.open', lambda path, mode: Disk(path, 'w'))
+    with pytest.raises(UserError, match='file: No space left on device; what was there'):
+        write_atomically(tmp_path / 'file', lambda f: torch.save({'w': torch.zeros(10_000)}, f))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_while_writing_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match='a bug'):
+        write_atomically(tmp_path / 'file', lambda f: exec('raise RuntimeError("a bug")'))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):

@@ -297,11 +297,12 @@ def test_a_signal_under_torchrun_saves_one_checkpoint_and_leaves_no_process(plac
 @needs_posix
 def test_workers_that_torchrun_restarts_go_on_where_they_were(place):
     wounded = patched(place, 'import torch\nclip, calls = torch.nn.utils.clip_grad_norm_, [0]\n'
-                      'def dies(*args):\n    calls[0] += 1\n'
-                      '    if os.environ["TORCHELASTIC_RESTART_COUNT"] == os.environ["RANK"] == "0" and calls[0] == 8:\n'
-                      '        os.kill(os.getpid(), 9)\n    return clip(*args)\n'
+                      'def dies(*args):\n    calls[0] += 1\n    again = os.environ["TORCHELASTIC_RESTART_COUNT"]\n'
+                      '    if again == os.environ["RANK"] == "0" and calls[0] == 8:\n        os.kill(os.getpid(), 9)\n'
+                      '    return clip(*args)\n'
                       'torch.nn.utils.clip_grad_norm_ = dies')
-    line = command(wounded, 'train.py', *A, '--out_dir=out/restarted', '--eval_interval=5', '--max_steps=9', processes=2)
+    line = command(wounded, 'train.py', *A, '--out_dir=out/restarted', '--eval_interval=5', '--max_steps=9',
+                   processes=2)
     line.insert(line.index('--standalone'), '--max_restarts=1')
     done = subprocess.run(line, cwd=place, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0 and 'at step 5' in done.stdout, done.stderr
