@@ -42,7 +42,7 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as e:
         with suppress(OSError):
             tmp.unlink(missing_ok=True)
-        why = e if isinstance(e, OSError) else e.__context__    # torch.save hides a full disk behind an error of its own
+        why = e if isinstance(e, OSError) else e.__context__    # torch.save hides a full disk behind its own
         if not isinstance(why, OSError):
             raise
         raise UserError(f'cannot write {path}: {why.strerror}; what was there before is untouched') from None
