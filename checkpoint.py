@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -53,6 +54,36 @@ def prune_checkpoints(out_dir, keep):
         path.unlink(missing_ok=True)
 
 
+class BackgroundSaver:
+    """Saves while training goes on, one checkpoint at a time, the `keep` newest numbered ones of which stay. What went
+    wrong with one is raised by the next, or by finish(), which waits for it."""
+
+    def __init__(self, out_dir, keep):
+        self.out_dir, self.keep, self.pool, self.writing = out_dir, keep, ThreadPoolExecutor(1), None
+
+    def save(self, checkpoint, names):
+        self.finish()
+        self.writing = self.pool.submit(self._write, _copied(checkpoint), names)
+
+    def finish(self):
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def _write(self, checkpoint, names):
+        save_checkpoint(self.out_dir, checkpoint, names)
+        prune_checkpoints(self.out_dir, self.keep)
+
+
+def _copied(value):
+    """Nested dicts and lists, with copies on the CPU of the tensors in them: training is about to change those."""
+    if isinstance(value, dict):
+        return {key: _copied(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_copied(v) for v in value]
+    return value.detach().to('cpu', copy=True) if torch.is_tensor(value) else value
+
+
 def load_checkpoint(path):
     """The dict in a checkpoint file, on the CPU. Raises UserError if it is missing, damaged, or more than data."""
     path = Path(path)
@@ -65,7 +96,8 @@ def load_checkpoint(path):
             bad = next(odd, None) or archive.testzip()      # reads everything, comparing checksums
         if bad is not None:
             raise zipfile.BadZipFile(f'the checksum of {bad} does not match')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        # as a memory map, which processes share; but Windows replaces no file that is mapped anywhere
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=os.name == 'posix')
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, KeyError) as e:
         raise UserError(f'{path} is damaged ({first_line(e)}); use another checkpoint') from None
     except Exception as e:                          # UnpicklingError: it holds objects whose loading would run code

@@ -244,6 +244,8 @@ def _end_kindly(kind, value, trace):
         # torch.OutOfMemoryError, numpy's MemoryError, and the RuntimeErrors of CPU allocator and CUDA
         status, message = 2, (f'error: out of memory: {said.splitlines()[0][:200]}\nlower batch_size or block_size '
                               '(in training, accumulation keeps total_batch_size as it is), or take a smaller model\n')
+    elif kind.__module__.startswith(('torch._dynamo', 'torch._inductor', 'triton')):
+        status, message = 2, f'error: torch.compile failed: {first_line(value)}\ngo on without it: --compile=false\n'
     elif issubclass(kind, OSError) and (value.filename or value.errno in _DISK_ERRORS):
         status, message = 2, f'error: {value.strerror}: {value.filename or "writing a file"}\n'
     else:

@@ -1,7 +1,11 @@
 """Where the numbers are crunched: the device, the dtype, the processes that share the work, and the speed limit."""
 
 import contextlib
+import importlib.util
+import itertools
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -15,20 +19,20 @@ from configurator import UserError
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Dense matrix-multiply peaks in TFLOP/s from NVIDIA's data sheets, (16-bit with float32 accumulation, float32 or TF32).
-# The first name found in the device's name counts.
 PEAK_TFLOPS = {
-    'B200': (2250, 1125), 'H200': (989, 495), 'H100 NVL': (835, 418), 'H100 PCIe': (756, 378), 'H100': (989, 495),
-    'H800': (989, 495), 'H20': (148, 74), 'A100': (312, 156), 'A800': (312, 156), 'L40S': (362, 183), 'L4': (121, 60),
-    'A10G': (70, 35), 'A10': (125, 62.5), 'V100': (125, 15.7), 'T4': (65, 8.1),
-    '5090': (209.5, 104.8), '4090': (165.2, 82.6), '3090': (71, 35.6),
+    'B200': (2250, 1125), 'GH200': (989, 495), 'H200': (989, 495), 'H200 NVL': (835, 418), 'H100': (989, 495),
+    'H100 NVL': (835, 418), 'H100 PCIe': (756, 378), 'H800': (989, 495), 'H800 PCIe': (756, 378), 'H20': (148, 74),
+    'A100': (312, 156), 'A800': (312, 156), 'L40S': (362, 183), 'L40': (181, 90.5), 'L4': (121, 60), 'A10': (125, 62.5),
+    'A10G': (70, 35), 'V100-SXM2': (125, 15.7), 'V100-PCIE': (112, 14), 'T4': (65, 8.1), 'RTX 5090': (209.5, 104.8),
+    'RTX 4090': (165.2, 82.6), 'RTX 4090 D': (147, 73.5), 'RTX 3090': (71, 35.6),
 }
 
 
 def pick_device(name='auto', local_rank=0):
     """The torch device string for `name` (auto, cpu, cuda, cuda:1, mps). Raises UserError if it is not there."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == 'auto':
-        name = 'cuda' if cuda else 'mps' if mps else 'cpu'
+    if name == 'auto':              # processes that share the work cannot do so on mps
+        name = 'cuda' if cuda else 'mps' if mps and 'LOCAL_RANK' not in os.environ else 'cpu'
     kind = name.partition(':')[0]
     here = ['cpu'] + ['cuda'] * cuda + ['mps'] * mps
     try:
@@ -65,10 +69,21 @@ def pick_dtype(name='auto', device='cpu'):
 
 
 def pick_compile(choice, device):
-    """Whether to run the training step through torch.compile. choice: 'auto' (on a GPU), 'true' or 'false'."""
+    """Whether to run the training step through torch.compile. choice: 'true', 'false', or 'auto': on a GPU, if all is
+    there that it needs."""
     if choice.lower() not in ('auto', 'true', 'false'):
         raise UserError(f'compile should be auto, true or false, not {choice!r}')
-    return torch.device(device).type == 'cuda' if choice == 'auto' else choice.lower() == 'true'
+    if choice != 'auto' or torch.device(device).type != 'cuda':
+        return choice.lower() == 'true'
+    lacking = ('a GPU of compute capability 7.0' if torch.cuda.get_device_capability(device) < (7, 0) else
+               'Triton' if importlib.util.find_spec('triton') is None else
+               'a C compiler' if os.name == 'posix' and not any(map(shutil.which, _C_COMPILERS)) else '')
+    if lacking and os.environ.get('RANK', '0') == '0':
+        print(f'not compiling, which is slower: torch.compile needs {lacking}', file=sys.stderr)
+    return not lacking
+
+
+_C_COMPILERS = (os.environ.get('CC') or 'cc', 'gcc', 'clang')       # where Triton looks for one
 
 
 def cpu_multiplies_bfloat16():
@@ -92,14 +107,20 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+def listed_peak(gpu, dtype):
+    """The data sheet's floating-point operations a second of the GPU that calls itself `gpu`, or None if it is not in
+    the table above: not for other products whose names begin alike, nor for a part of one (MIG)."""
+    found = [key for key in PEAK_TFLOPS
+             if re.search(rf'\b{key}\b(?! (D|Ti|SUPER|Laptop|with Max-Q)\b)', gpu) and 'MIG' not in gpu]
+    return 1e12 * PEAK_TFLOPS[max(found, key=len)][dtype == 'float32'] if found else None
+
+
 def peak_flops(device, dtype):
     """The most floating-point operations a second that matrix products reach here: the data sheet's figure for a GPU
     listed above, otherwise the best of some large products timed now (less than a second, once)."""
-    if torch.device(device).type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        for key, (half, single) in PEAK_TFLOPS.items():
-            if key in name:
-                return 1e12 * (single if dtype == 'float32' else half)
+    listed = torch.device(device).type == 'cuda' and listed_peak(torch.cuda.get_device_name(device), dtype)
+    if listed:
+        return listed
     n = 1024 if torch.device(device).type == 'cpu' else 4096
     a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
     best = float('inf')
@@ -119,16 +140,18 @@ def init_distributed(device_name):
     """Join the process group that torchrun describes in the environment, if any: (rank, local_rank, world_size)."""
     if 'RANK' not in os.environ:
         return 0, 0, 1
-    on_cpu = device_name == 'cpu' or not torch.cuda.is_available()
     local_rank = int(os.environ['LOCAL_RANK'])
-    if not on_cpu:
-        pick_device('cuda', local_rank)     # before the group is made, so that nccl binds to the right GPU
+    here = torch.device(pick_device(device_name, local_rank))
+    if here.type == 'mps':
+        raise UserError('on a Mac, several processes can only share the work on the CPU: --device=cpu')
+    # nccl wants a GPU for each process, and is not on Windows; gloo can do with less
+    nccl = here.type == 'cuda' and device_name in ('auto', 'cuda') and dist.is_nccl_available()
     # torchrun --max_restarts keeps the store in which processes meet, and in it the addresses of those that have died
     store, rank, world_size = next(rendezvous('env://'))
     alone = os.environ.get('GROUP_WORLD_SIZE', '1') == '1'      # each machine counts only its own restarts
     start = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else 'any'
-    dist.init_process_group('gloo' if on_cpu else 'nccl', store=dist.PrefixStore(f'start {start}', store), rank=rank,
-                            world_size=world_size)
+    dist.init_process_group('nccl' if nccl else 'gloo', store=dist.PrefixStore(f'start {start}', store), rank=rank,
+                            world_size=world_size, device_id=here if nccl else None)
     return rank, local_rank, world_size
 
 
@@ -154,14 +177,43 @@ def leave_distributed(status=0):
     return status
 
 
+def whole_state(optimizer):
+    """optimizer.state_dict(), and on process 0, of a ZeroRedundancyOptimizer, with the states of all processes, on the
+    CPU; the others get {}. To be called by all. (Its own consolidate_state_dict() sends byte by byte, in Python.)"""
+    if not hasattr(optimizer, 'optim'):
+        return optimizer.state_dict()
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    mine = {i: optimizer.optim.state[p] for i, p in enumerate(params) if p in optimizer.optim.state}
+    kinds = {i: {name: (t.shape, t.dtype) for name, t in values.items()} for i, values in mine.items()}
+    rank, state = dist.get_rank(), {}
+    for owner, theirs in enumerate(from_everyone(kinds)):
+        for i, tensors in theirs.items():
+            for name, (shape, dtype) in tensors.items():
+                if rank == owner:
+                    tensor = mine[i][name].to(params[i].device)
+                    if owner:
+                        dist.send(tensor, dst=0)
+                elif rank == 0:
+                    tensor = torch.empty(shape, dtype=dtype, device=params[i].device)
+                    dist.recv(tensor, src=owner)
+                if rank == 0:
+                    state.setdefault(i, {})[name] = tensor.cpu()
+    if rank:
+        return {}
+    count = itertools.count()
+    groups = [{**group, 'params': [next(count) for _ in group['params']]} for group in optimizer.param_groups]
+    return {'state': state, 'param_groups': groups}
+
+
 def load_optimizer(optimizer, state):
-    """optimizer.load_state_dict(state), for a ZeroRedundancyOptimizer, too: that one leaves the step counts on the CPU,
-    where a fused AdamW for a GPU does not find them, and keeps a second copy of all."""
+    """optimizer.load_state_dict(state), with tensors of its own: what was read as a memory map would keep its file. And
+    a ZeroRedundancyOptimizer leaves the step counts on the CPU, where a fused AdamW for a GPU does not find them, and
+    keeps a second copy of all."""
     optimizer.load_state_dict(state)
     if hasattr(optimizer, 'optim'):
         optimizer.state.clear()
-        for p, values in optimizer.optim.state.items():
-            values.update({key: t.to(p.device) for key, t in values.items() if torch.is_tensor(t)})
+    for p, values in getattr(optimizer, 'optim', optimizer).state.items():
+        values.update({key: t.to(p.device, copy=True) for key, t in values.items() if torch.is_tensor(t)})
 
 
 def state_bytes(optimizer):

@@ -22,6 +22,7 @@ from checkpoint import load_for_use
 from device import from_everyone, init_distributed, leave_distributed, pick_device, pick_dtype
 from download import DownloadError, hub_download
 from metrics import progress_bar
+from model import for_any_shape
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint, a published model, or a folder; auto = out_dir, or the newest run in it
@@ -104,6 +105,7 @@ def fit(question, block_size):
     return question.context[-room:], endings
 
 
+@for_any_shape
 @torch.inference_mode()
 def evaluate(model, questions, *, rank=0, world_size=1, batch_size=64, progress=None, should_stop=None):
     """This process's share of `questions`, as a list of Answers, in no particular order.

@@ -38,7 +38,8 @@ def int8_product(x, packed, scale):
 
 
 class Int8Linear(nn.Module):
-    """What nn.Linear does, with int8 weights. Its buffers are the checkpoint's; the packed copy is made when needed."""
+    """What nn.Linear does, with int8 weights. Its buffers are the checkpoint's; what this CPU's kernel wants is made of
+    them when it is needed, or where there is no such kernel, float weights, once."""
 
     def __init__(self, linear):
         super().__init__()
@@ -46,13 +47,15 @@ class Int8Linear(nn.Module):
         self.register_buffer('weight_int8', weight_int8)
         self.register_buffer('scale', scale)
         self.bias, self.out_features = linear.bias, linear.out_features
-        self.packed = ()                            # () not tried yet, None no kernel for it here
+        self.packed = self.weight = None
 
     def forward(self, x):
-        if self.packed == () and x.device.type == 'cpu':
-            self.packed = pack(self.weight_int8)
-        if x.device.type != 'cpu' or self.packed is None:       # the plain way: float weights, made as they are needed
-            return F.linear(x, (self.weight_int8 * self.scale[:, None]).to(x.dtype), self.bias)
+        if self.packed is None and self.weight is None:
+            self.packed = pack(self.weight_int8) if x.device.type == 'cpu' else None
+            if self.packed is None:
+                self.weight = (self.weight_int8 * self.scale[:, None]).to(x.dtype)
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
         y = int8_product(x.reshape(-1, x.size(-1)), self.packed, self.scale)
         y = y if self.bias is None else y.add_(self.bias)
         return y.view(*x.shape[:-1], -1)

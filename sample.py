@@ -21,6 +21,7 @@ import torch
 
 from checkpoint import load_for_use
 from device import pick_device, pick_dtype
+from model import for_any_shape
 
 # -----------------------------------------------------------------------------
 # which model
@@ -58,6 +59,7 @@ STYLES = {          # temperature, top_k, top_p
 }
 
 
+@for_any_shape
 def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200, temperature=0.8, top_k=50, top_p=0.95,
                    repetition_penalty=1.0, stop='', seed=1337, batch_size=64, on_text=None, should_stop=None):
     """Continue each of `prompts`; returns as many strings, without the prompts.

@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import eval_zh
 import hellaswag
-from checkpoint import BEST, FINAL, LATEST, prune_checkpoints, save_checkpoint, start_from
+from checkpoint import BEST, FINAL, LATEST, BackgroundSaver, start_from
 from dataset import TokenDataset, dataset_tokenizer, divide_batch, find_dataset, mix, read_meta
 from device import (Stopped, StopSignal, all_sum, autocast, from_everyone, init_distributed, leave_distributed,
-                    peak_flops, pick_compile, pick_device, pick_dtype, state_bytes, synchronize)
+                    peak_flops, pick_compile, pick_device, pick_dtype, state_bytes, synchronize, whole_state)
 from files import claim
 from metrics import MetricsLog, TimeToFinish
 from model import PRESETS
@@ -99,7 +99,8 @@ here = pick_device(device, local_rank)          # 'cuda:3'
 precision = pick_dtype(dtype, here)             # 'bfloat16'
 compiling = pick_compile(compile, here)
 on_gpu = torch.device(here).type == 'cuda'
-torch.set_float32_matmul_precision('high')      # TF32, where float32 is asked for on a GPU that has it
+if on_gpu:
+    torch.set_float32_matmul_precision('high')  # TF32, where float32 is asked for and the GPU has it
 stop = StopSignal(rank)                         # Ctrl-C and the like; from the loop on: finish the step, save, exit
 say = stop.say                                  # print, on one process of all
 say(f'using device: {here}, dtype: {precision}, compile: {compiling}')
@@ -144,7 +145,7 @@ if compiling:
     say('compiling the model... (takes a minute, once)')
     model = torch.compile(model)
 if world_size > 1:
-    model = DDP(model, device_ids=[local_rank] if on_gpu else None, gradient_as_bucket_view=True)
+    model = DDP(model, device_ids=[here] if on_gpu else None, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 # 5) what is asked of it on the way
 if sample_interval:
@@ -162,7 +163,7 @@ def get_batch(step, micro_step):
     x, y = train_data.batch(0 if one_batch else step, micro_step)
     if on_gpu:
         x, y = x.pin_memory(), y.pin_memory()
-    return x.to(here, non_blocking=True), y.to(here, non_blocking=True)
+    return x.to(here, non_blocking=on_gpu), y.to(here, non_blocking=on_gpu)     # from pinned memory only is that safe
 
 
 def get_lr(step):
@@ -221,21 +222,20 @@ def save(step, *names):
     """Write all that is needed to go on from `step`, or to sample, to checkpoint.pt and under each of `names`."""
     if skipped or not all(p.isfinite().all() for p in raw_model.parameters()):
         raise diverged(f'step {step}: the weights, or what they lead to, are not finite')
-    for o in optimizers if sharded else []:
-        o.consolidate_state_dict(to=0)          # each process sends its part of the state
+    optimizer_states = [whole_state(o) for o in optimizers]     # each process sends its part
     if rank == 0:
-        save_checkpoint(out_dir, {
-            'model': raw_model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
+        saver.save({
+            'model': raw_model.state_dict(), 'optimizer': optimizer_states,
             'scaler': scaler.state_dict(), 'model_args': raw_model.model_args(), 'iter_num': step,
             'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.state(),
             'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template, 'elapsed_s': elapsed(),
             'finished': FINAL in names,
         }, [*names, LATEST])                    # the latest last: what it says is the best is there by then
-        prune_checkpoints(out_dir, keep_checkpoints)
 
 
 def diverged(what):
     """The error that ends a run which cannot go on, with the file that is good and the way on from it."""
+    saver.finish()
     learned = best_val_loss < untrained_loss or math.isinf(untrained_loss)
     good = next((path for path in (Path(out_dir, BEST), Path(out_dir, LATEST)) if learned and path.is_file()), None)
     again = f'go on from the last good one: --init_from={good} --out_dir=ANOTHER' if good else (
@@ -259,6 +259,7 @@ x, y = get_batch(start.step, 0)
 room = 8 * raw_model.num_params()               # bytes: what a checkpoint has of each weight, and at least one moment
 release = claim(out_dir, room) if rank == 0 else None       # one run at a time in a folder
 log_metrics = MetricsLog(out_dir, start.step, tensorboard, active=rank == 0)
+saver = BackgroundSaver(out_dir, keep_checkpoints)
 stop.listen()
 time_to_finish = TimeToFinish()
 peak = peak_flops(here, precision) * world_size
@@ -344,7 +345,10 @@ for step in range(start.step, max_steps + 1):
         o.zero_grad(set_to_none=True)
     skipped = 0 if finite else skipped + 1
     if not finite:
-        say(f'step {step}: the loss ({loss}) or its gradient ({grad_norm}) is not finite; skipped, {skipped} in a row')
+        why = f'{skipped} in a row: the loss ({loss}) or its gradient ({grad_norm}) is not finite'
+        if scaler.is_enabled() and math.isfinite(loss):         # so it begins, and now and then
+            why = f'while float16 gradients find their scale, now {scaler.get_scale():g}'
+        say(f'step {step}: skipped, {why}')
         if skipped == max_skipped:
             raise diverged(f'{skipped} steps in a row were not finite')
 
@@ -365,6 +369,7 @@ for step in range(start.step, max_steps + 1):
     if minutes := time_to_finish(dt, max_steps - step - 1):
         say(f'estimated time to finish: {minutes:.1f} minutes')
 
+saver.finish()
 best = f', best validation loss: {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
 say(f'total time: {elapsed() / 60:.2f} minutes{best}, checkpoints in {out_dir}')
 log_metrics.close()
