@@ -1,8 +1,8 @@
-"""How fast does a model of ours decode one text on this machine, in float32, bfloat16 and int8? And what do the
-presets cost to train?
+"""How fast does a model of ours train and decode on this machine? And what do the presets cost to train?
 
-    python bench.py --preset=gpt2
-    python bench.py --init_from=out/zh
+    python bench.py --device=cuda                   training, and decoding one text in each precision
+    python bench.py --preset=gpt2                   on the CPU: decoding, in float32, bfloat16 and int8
+    python bench.py --init_from=out/zh --batch_size=32
     python bench.py --costs
 
 The kinds take turns, several times, and the medians are printed: a busy machine slows all of them alike.
@@ -19,8 +19,8 @@ from configurator import configure      # first: from here on, Ctrl-C is quiet
 import torch
 
 from checkpoint import build_model, pick_checkpoint
-from device import PEAK_TFLOPS, pick_device
-from model import GPT, PRESETS, GPTConfig
+from device import PEAK_TFLOPS, autocast, peak_flops, pick_compile, pick_device, pick_dtype, synchronize
+from model import GPT, PRESETS, GPTConfig, for_any_shape
 from quantize import to_int8
 
 # -----------------------------------------------------------------------------
@@ -28,8 +28,11 @@ init_from = ''              # a checkpoint, or a published model; '' = one of th
 preset = 'gpt2'             # the shape: one of model.PRESETS
 prompt_tokens = 16          # tokens in the prompt
 new_tokens = 32             # tokens decoded in a turn
+batch_size = 0              # sequences in a step of training; 0 = on a GPU as many as fit, on a CPU no training
 turns = 5                   # how often each kind has its turn
 device = 'cpu'              # auto, cpu, cuda, mps
+dtype = 'auto'              # of training: auto, float32, bfloat16, float16
+compile = 'auto'            # of training: auto (on a GPU), true, false
 # what training costs
 costs = False               # print what each GPT-2 preset costs to train, and nothing else
 tokens = 10e9               # tokens to train on
@@ -39,30 +42,76 @@ config = configure(globals(), negative=False, one_of={'preset': PRESETS}, at_lea
 # -----------------------------------------------------------------------------
 
 
-def decoding_speed():
+def build():
+    """The model that is measured, on the CPU."""
     torch.manual_seed(0)
     if init_from:
         path, checkpoint = pick_checkpoint(init_from, init_from)
-        model = build_model(checkpoint, path)
-    else:
-        model = GPT(GPTConfig(**PRESETS[preset])).eval()
-    print(f'{model.num_params():,} parameters, {torch.get_num_threads()} threads, torch {torch.__version__}')
-    chosen = pick_device(device)
-    models = {'float32': model, 'bfloat16': copy.deepcopy(model).to(torch.bfloat16),
-              'int8': to_int8(copy.deepcopy(model))}
-    models = {kind: m.to(chosen) for kind, m in models.items()}
-    idx = torch.randint(model.config.vocab_size, (1, prompt_tokens), device=chosen)
+        return build_model(checkpoint, path)
+    return GPT(GPTConfig(**PRESETS[preset])).eval()
+
+
+def training_speed(model, here, size):
+    """Print the median speed of steps of training on `size` random sequences."""
+    precision, compiling = pick_dtype(dtype, here), pick_compile(compile, here)
+    on_gpu = torch.device(here).type == 'cuda'
+    if on_gpu:
+        torch.set_float32_matmul_precision('high')
+        torch.cuda.reset_peak_memory_stats(here)
+    model = copy.deepcopy(model).to(here).train()
+    optimizer, = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), torch.device(here).type, verbose=False)
+    run = torch.compile(model) if compiling else model
+    idx = torch.randint(model.config.vocab_size, (size, model.config.block_size + 1), device=here)
+    x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+    times = []
+    for _ in range(3 + turns):                      # the first three warm up, and compile
+        synchronize(here)
+        start = time.perf_counter()
+        with autocast(here, precision):
+            run(x, y)[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(here)
+        times.append(time.perf_counter() - start)
+    rate = x.numel() / statistics.median(times[3:])
+    mfu = rate * model.flops_per_token() / peak_flops(here, precision)
+    memory = f', {torch.cuda.max_memory_allocated(here) / 1e9:.1f} GB' if on_gpu else ''
+    print(f'training  {rate:10,.0f} tokens/s, {mfu:.1%} MFU{memory}: {size} x {model.config.block_size} tokens, '
+          f'{precision}, compile: {compiling}')
+
+
+def train_on_what_fits(model, here):
+    """training_speed() on 64 sequences, or half as many, and so on."""
+    size = batch_size or 64
+    while True:
+        try:
+            return training_speed(model, here, size)
+        except torch.OutOfMemoryError:
+            if batch_size or size == 1:
+                raise
+        size //= 2                                  # outside the handler, which keeps the tensors alive
+        torch.cuda.empty_cache()
+
+
+def decoding_speed(model, here):
+    """Print the median speeds of decoding one text greedily, in several precisions."""
+    models = {'float32': model, 'bfloat16': copy.deepcopy(model).to(torch.bfloat16)}
+    if here == 'cpu':
+        models['int8'] = to_int8(copy.deepcopy(model))
+    models = {kind: m.to(here) for kind, m in models.items()}
+    idx = torch.randint(model.config.vocab_size, (1, prompt_tokens), device=here)
     rates = {kind: [] for kind in models}
     for turn in range(turns + 1):
         for kind, m in models.items():
             start = time.perf_counter()
-            m.generate(idx, new_tokens, temperature=0)[0, -1].item()
+            for_any_shape(m.generate)(idx, new_tokens, temperature=0)[0, -1].item()
             if turn:                                # the first turn warms up
                 rates[kind].append(new_tokens / (time.perf_counter() - start))
     base = statistics.median(rates['float32'])
     for kind, rate in rates.items():
-        print(f'{kind:9} {statistics.median(rate):8.1f} tokens/s, {statistics.median(rate) / base:.2f} times float32 '
-              f'({min(rate):.1f} to {max(rate):.1f})')
+        print(f'{kind:9} {statistics.median(rate):10,.1f} tokens/s, {statistics.median(rate) / base:.2f} times float32 '
+              f'({min(rate):,.1f} to {max(rate):,.1f})')
 
 
 def saved_bytes(shape, n_layer, batch_size):
@@ -83,11 +132,11 @@ def saved_bytes(shape, n_layer, batch_size):
 
 
 def training_bytes(shape):
-    """(bytes, bytes a sequence) that training in bfloat16 needs on one GPU, without torch.compile, which needs less.
+    """(bytes, bytes a sequence) that training in bfloat16 needs on one GPU.
 
-    18 a parameter: the weight, its gradient and AdamW's two moments in float32, a copy of the weight in bfloat16; once
-    more the gradient of the output layer, and the slices of logits beside it, see LinearCrossEntropy. And for each
-    sequence what its forward pass keeps; copies of weights, which do not grow with the batch, cancel out.
+    18 a parameter: the weight, its gradient and AdamW's two moments in float32, a copy of the weight in bfloat16. And
+    for each sequence what its forward pass keeps, of which torch.compile needs less, and its logits and their gradient
+    in bfloat16; copies of weights, which do not grow with the batch, cancel out.
     """
     def of_a_sequence(n_layer):
         return saved_bytes(shape, n_layer, 2) - saved_bytes(shape, n_layer, 1)
@@ -95,8 +144,8 @@ def training_bytes(shape):
     one, two = of_a_sequence(1), of_a_sequence(2)
     with torch.device('meta'):
         model = GPT(GPTConfig(**shape))
-    fixed = 18 * model.num_params() + 4 * model.lm_head.weight.numel() + 12 * (1 << 28)
-    return fixed, one + (shape['n_layer'] - 1) * (two - one)
+    logits = 4 * shape['block_size'] * model.config.vocab_size
+    return 18 * model.num_params(), one + (shape['n_layer'] - 1) * (two - one) + logits
 
 
 def training_costs():
@@ -120,9 +169,12 @@ def training_costs():
 
 def main():
     if costs:
-        training_costs()
-    else:
-        decoding_speed()
+        return training_costs()
+    here, model = pick_device(device), build()
+    print(f'{model.num_params():,} parameters, {here}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    if here != 'cpu' or batch_size:
+        train_on_what_fits(model, here)
+    decoding_speed(model, here)
 
 
 if __name__ == '__main__':
