@@ -311,10 +311,15 @@ def test_workers_that_torchrun_restarts_go_on_where_they_were(place):
 
 @pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='needs to see what a process has loaded')
 def test_ctrl_c_while_a_script_loads_ends_it_without_a_word(place):
-    with subprocess.Popen(command('train.py', *A), cwd=place, stderr=subprocess.PIPE, text=True) as process:
+    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)      # a background job may not be
+    with subprocess.Popen(command('train.py', *A), cwd=place, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=listening) as process:
         wait_for(lambda: 'libtorch' in Path(f'/proc/{process.pid}/maps').read_text(encoding='utf-8'))
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60)[1] == '' and process.returncode == 130
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+        assert process.stderr.read() == '' and process.returncode == 130
 
 
 def test_who_stops_reading_the_output_does_not_lose_the_run(place):
