@@ -451,13 +451,11 @@ def test_a_full_disk_under_tensorboard_costs_its_log_and_not_the_run(tmp_path):
 @pytest.mark.parametrize('args', [
     ('train.py', *A, '--out_dir=out/greedy', '--batch_size=400000', '--total_batch_size=0'),
     ('train.py', *A, '--out_dir=out/greedy', '--n_embd=20000'),
-    ('sample.py', '--init_from=out/times', '--device=cpu', '--num_samples=10000000000'),
-    ('sample.py', '--init_from=out/times', '--device=cpu', '--num_samples=100000', '--batch_size=100000')], ids=str)
-def test_a_script_that_runs_out_of_memory_says_so_in_two_lines(place, args):
-    if not (place / 'out/times').exists():
-        assert train(place, 'out/times', '--max_steps=6', '--checkpoint_interval=2').returncode == 0
+    ('sample.py', '--init_from=out/odd', '--device=cpu', '--num_samples=10000000000'),
+    ('sample.py', '--init_from=out/odd', '--device=cpu', '--num_samples=100000', '--batch_size=100000')], ids=str)
+def test_a_script_that_runs_out_of_memory_says_so_in_two_lines(odd, args):
     used = 'int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (1 << 28)'
-    done = run(place, patched(place, f'import torch\n{LIMIT.format("RLIMIT_AS", used)}'), *args)
+    done = run(odd, patched(odd, f'import torch\n{LIMIT.format("RLIMIT_AS", used)}'), *args)
     assert done.returncode == 2, done.stderr
     assert re.search(r'^error: out of memory.*\nlower batch_size.*\n\Z', done.stderr, re.M), done.stderr
 
@@ -496,27 +494,32 @@ def test_no_flipped_bit_in_the_directory_of_a_checkpoint_loads_other_weights(tmp
     assert loaded                                       # bits that mean nothing
 
 
+@pytest.fixture(scope='module')
+def odd(place):
+    """A folder with a checkpoint, to be made odd, or sampled from in odd ways."""
+    assert train(place, 'out/odd', '--max_steps=6', '--checkpoint_interval=2').returncode == 0
+    return place
+
+
 @pytest.mark.parametrize('changes, named', [
     ({'model_args': [1, 2]}, 'is not a checkpoint'), ({'model': {'w': 'text'}}, 'is not a checkpoint'),
     ({'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(60, 900))), 'eot': ''},
       'tokenizer_fingerprint': None}, 'tokenizer of 840 ids'), ('nan', 'not finite')])
-def test_a_checkpoint_that_cannot_be_sampled_from_says_why(place, changes, named):
-    if not (place / 'out/odd').exists():
-        assert train(place, 'out/odd', '--max_steps=2').returncode == 0
-    checkpoint = torch.load(place / 'out/odd' / LATEST, weights_only=True)
+def test_a_checkpoint_that_cannot_be_sampled_from_says_why(odd, changes, named):
+    checkpoint = torch.load(odd / 'out/odd' / LATEST, weights_only=True)
     if changes == 'nan':
         checkpoint['model']['transformer.wte.weight'][0, 0] = float('nan')
     else:
         checkpoint |= changes
         if checkpoint['tokenizer_fingerprint'] is None:
             del checkpoint['tokenizer_fingerprint']
-    torch.save(checkpoint, place / 'odd.pt')
-    done = run(place, 'sample.py', '--init_from=odd.pt', '--device=cpu', '--max_new_tokens=3')
+    torch.save(checkpoint, odd / 'odd.pt')
+    done = run(odd, 'sample.py', '--init_from=odd.pt', '--device=cpu', '--max_new_tokens=3')
     assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
 
 
-def test_a_temperature_that_is_next_to_nothing_takes_the_likeliest(place):
-    texts = {run(place, 'sample.py', '--init_from=out/odd', '--device=cpu', '--dtype=float32', '--prompt=the',
+def test_a_temperature_that_is_next_to_nothing_takes_the_likeliest(odd):
+    texts = {run(odd, 'sample.py', '--init_from=out/odd', '--device=cpu', '--dtype=float32', '--prompt=the',
                  f'--temperature={t}', '--max_new_tokens=20').stdout for t in ('0', '1e-300', '1e-40')}
     assert len(texts) == 1 and 'Generation complete' in texts.pop()
 
