@@ -1,6 +1,6 @@
 """Thirty ways in which the world treats a run badly. Prints RELIABILITY.md's table of figures, a line as each is tried:
 
-    python tests/stress/fault_trials.py             all of them, about 25 minutes on two cores
+    python tests/stress/fault_trials.py             all of them, about 20 minutes on two cores
     python tests/stress/fault_trials.py 1 17 30     some
 
 Most are tests of the suite, run here by their names; the others are below. As root on Linux, a few file systems of a
@@ -41,11 +41,11 @@ def suite(files, names=''):
     """A trial that is a part of the suite: the cases that `names` picks from test files, as pytest's -k does."""
     def trial(_):
         paths = [str(TESTS / f'test_{name}.py') for name in files.split()]
-        done = subprocess.run([sys.executable, '-m', 'pytest', *paths, *(['-k', names] if names else [])], cwd=ROOT,
-                              text=True, capture_output=True)
-        said = re.findall(r'(\d+) (passed|skipped|failed|errors?)', done.stdout)
+        done = subprocess.run([sys.executable, '-m', 'pytest', '-n0', '-s', *paths, *(['-k', names] if names else [])],
+                              cwd=ROOT, text=True, capture_output=True)
+        said = re.findall(r'(\d+) (passed|skipped|failed|errors?|deaths)', done.stdout)
         assert done.returncode == 0 and said, done.stdout[-3000:]
-        return ', '.join(f'{n} cases' if what == 'passed' else f'{n} {what}' for n, what in said)
+        return ', '.join(f'{n} {"cases" if what == "passed" else what}' for n, what in said)
     return trial
 
 
@@ -139,8 +139,9 @@ def full_disks(place):
         step = load_newest(place / 'out/small')[1]['iter_num']
         subprocess.run(['mount', '-o', 'remount,size=9m', place / 'out/small'], check=True)
         train(place, 'small', *options, '--n_embd=48')
-    train(place, 'roomy', *options, '--n_embd=48')
-    return f'{figure}; a tmpfs full at step {step} goes on when there is room'
+        train(place, 'roomy', *options, '--n_embd=48')
+        assert same_run(place, 'small', 'roomy')
+    return f'{figure}; on a tmpfs that was full at step {step} it went on when there was room, equal to the bit'
 
 
 def unwritable(place):
