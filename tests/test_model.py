@@ -103,6 +103,26 @@ def test_loss_over_several_slices_never_holds_all_logits():
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_the_loss_that_is_compiled_is_the_one_that_is_not():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=50, vocab_size=300))
+    idx, targets = torch.randint(300, (2, 3, 50))
+    targets[:, ::3] = -100
+    results = []
+    for run in (model, torch.compile(model, backend='aot_eager')):
+        model.zero_grad()
+        _, loss = run(idx, targets)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_in_float16_are_summed_over_few_enough_rows_not_to_overflow():
+    x, weight = torch.full((60_000, 2), 5.0, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
+    LinearCrossEntropy.apply(x, weight, torch.zeros(60_000, dtype=torch.int64), torch.float16, True).backward()
+    assert weight.grad.tolist() == [[-150_000] * 2, [150_000] * 2]      # softmax is a half; float16 ends at 65,504
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 def test_losses_of_single_tokens_are_cross_entropys_terms(shape):
     model = lively(GPTConfig(**SMALL, **SHAPES[shape]))

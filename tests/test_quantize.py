@@ -37,6 +37,14 @@ def test_a_layer_is_within_two_percent_of_its_float_self(way, monkeypatch):
         assert ((y - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.02
 
 
+def test_without_a_kernel_the_float_weights_are_made_once(monkeypatch):
+    monkeypatch.setattr(quantize, 'pack', lambda weight: None)
+    layer = Int8Linear(torch.nn.Linear(256, 300))
+    first = layer(torch.ones(1, 256))
+    layer.scale.mul_(2)                                     # nobody looks at this any more
+    assert torch.equal(layer(torch.ones(1, 256)), first)
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 def test_the_distribution_over_next_tokens_is_nearly_the_same(shape):
     torch.manual_seed(0)

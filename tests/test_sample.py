@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import hellaswag
 from checkpoint import build_model, load_checkpoint, pick_checkpoint, save_checkpoint, tokenizer_of
 from configurator import UserError
 from model import GPT, GPTConfig
@@ -63,6 +64,16 @@ def test_greedy_texts_do_not_depend_on_the_batch_or_the_order(bpe):
     assert together == [generate_texts([p], model, bpe, temperature=0, max_new_tokens=40)[0] for p in prompts]
     assert together == generate_texts(prompts, model, bpe, temperature=0, max_new_tokens=40, batch_size=2)
     assert together[::-1] == generate_texts(prompts[::-1], model, bpe, temperature=0, max_new_tokens=40)
+
+
+def test_ever_new_shapes_do_not_meet_the_attention_that_plans_for_each():
+    # cuDNN's, the first choice on new GPUs: a plan for every length would be most of the time of decoding
+    chars, seen = train_char(['abc']), []
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=chars.vocab_size)).eval()
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    generate_texts(['a'], model, chars, max_new_tokens=2)
+    hellaswag.evaluate(model, [hellaswag.Question((0, 1), ((1,), (2,), (0,), (1, 2)), 0, {})])
+    assert len(seen) >= 2 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_stop_string_ends_the_text_and_is_cut_from_it(bpe):

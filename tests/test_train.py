@@ -9,14 +9,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint import build_model, load_checkpoint
+import checkpoint
+from checkpoint import BackgroundSaver, build_model, load_checkpoint, save_checkpoint
+from configurator import UserError
+from device import load_optimizer
 from metrics import TimeToFinish
+from model import GPT, GPTConfig
 from scripts import ROOT, Script, patched, run
 
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--total_batch_size=0',
@@ -201,6 +206,54 @@ def test_further_training_starts_from_another_runs_weights(place):
     model = build_model(load_checkpoint(place / 'out/further/final_checkpoint.pt'))
     assert (model.config.n_layer, model.config.block_size) == (2, 16)
     assert losses(place, 'out/further')[0] < losses(place, 'out/base')[0]
+
+
+def test_no_copy_is_left_to_itself_that_may_read_memory_given_back(place):
+    # from memory that is not pinned, such a copy to a Mac's GPU may find something else there by the time it begins
+    careful = patched(place, 'import torch\nto = torch.Tensor.to\ndef careful(tensor, *args, **options):\n'
+                      '    assert not options.get("non_blocking") or tensor.is_pinned()\n'
+                      '    return to(tensor, *args, **options)\ntorch.Tensor.to = careful')
+    done = run(place, careful, 'train.py', '--dataset=tiny', '--out_dir=out/careful', *TINY, '--max_steps=2')
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_is_what_the_weights_were_when_it_was_asked_for(tmp_path, monkeypatch):
+    started, write = threading.Event(), checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, 'save_checkpoint', lambda *args: started.wait() and write(*args))
+    model, saver = {'w': torch.ones(3)}, BackgroundSaver(tmp_path, keep=2)
+    saver.save({'model': model, 'model_args': {'mlp': 'gelu'}, 'optimizer': [{'state': {0: model}}]}, ['a.pt'])
+    model['w'].zero_()                                              # training goes on
+    started.set()
+    saver.finish()
+    loaded = load_checkpoint(tmp_path / 'a.pt')
+    assert loaded['model']['w'].tolist() == loaded['optimizer'][0]['state'][0]['w'].tolist() == [1, 1, 1]
+
+
+def test_what_goes_wrong_with_a_checkpoint_is_raised_once(tmp_path):
+    saver = BackgroundSaver(tmp_path / 'none', keep=0)
+    saver.save({'model': {}}, ['a.pt'])
+    with pytest.raises(UserError, match='cannot write'):
+        saver.save({'model': {}}, ['a.pt'])
+    saver.finish()
+
+
+@pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='needs to see what is mapped')
+def test_a_resumed_run_keeps_no_file_that_it_was_read_from(tmp_path):
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=50))
+    optimizer, = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', verbose=False)
+    model(*torch.randint(50, (2, 1, 8)))[1].backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    save_checkpoint(tmp_path, {'model': model.state_dict(), 'model_args': model.model_args(), 'optimizer': [state]},
+                    ['checkpoint.pt'])
+    loaded = load_checkpoint(tmp_path / 'checkpoint.pt')
+    assert 'checkpoint.pt' in Path('/proc/self/maps').read_text(encoding='utf-8')       # eight processes share it
+    again, = build_model(loaded).configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', verbose=False)
+    load_optimizer(again, loaded['optimizer'][0])
+    del loaded
+    assert 'checkpoint.pt' not in Path('/proc/self/maps').read_text(encoding='utf-8')
+    assert all(torch.equal(a, b) for one, two in zip(state['state'].values(), again.state.values(), strict=True)
+               for a, b in zip(one.values(), two.values(), strict=True))
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before_it(place):

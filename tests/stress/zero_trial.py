@@ -18,7 +18,7 @@ from test_device import ZERO        # noqa: E402
 from model import PRESETS           # noqa: E402
 
 ratios = []
-for turn in range(3):
+for _ in range(3):
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, 'zero.py')
         script.write_text(ZERO.format(root=str(ROOT), shape=PRESETS['gpt2'], steps=1, optimizer='adamw',
@@ -28,5 +28,6 @@ for turn in range(3):
         assert done.returncode == 0 and done.stdout.count('the same') == 2, done.stderr[-3000:]
         gathered, written = map(float, re.search(r'gathered in (\S+) s, written in (\S+) s', done.stdout).groups())
         ratios.append((gathered + written) / written)
-        print(f'gathered in {gathered:.2f} s, written in {written:.2f} s: {ratios[-1]:.2f} times a plain save', flush=True)
+        print(f'gathered in {gathered:.2f} s, written in {written:.2f} s: {ratios[-1]:.2f} times a plain save',
+              flush=True)
 print(f'median {statistics.median(ratios):.2f}; the state is the same to the last bit, there and back')
