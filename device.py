@@ -56,8 +56,9 @@ def pick_dtype(name='auto', device='cpu'):
     """'float32', 'bfloat16' or 'float16': with 'auto' the fastest that is safe on `device`. Raises UserError."""
     kind = torch.device(device).type
     if name == 'auto':
-        if kind == 'cuda':      # Volta and Turing claim bfloat16 but emulate it; Ampere (8.0) multiplies it
-            return 'bfloat16' if torch.cuda.get_device_capability()[0] >= 8 else 'float16'
+        if kind == 'cuda':      # Volta and Turing (7) claim bfloat16 but emulate it; older ones are slow in both
+            generation, _ = torch.cuda.get_device_capability(device)
+            return 'bfloat16' if generation >= 8 else 'float16' if generation == 7 else 'float32'
         if kind == 'mps':       # autocast is slower than float32 on most Macs; float16 and bfloat16 work if asked for
             return 'float32'
         return 'bfloat16' if cpu_multiplies_bfloat16() else 'float32'

@@ -54,7 +54,7 @@ def test_a_device_that_is_not_there_is_an_error_that_says_what_is(machine, name,
 
 @pytest.mark.parametrize('where, how, expected', [
     ('cuda', {'gpus': 1, 'capability': (9, 0)}, 'bfloat16'), ('cuda', {'gpus': 1, 'capability': (8, 0)}, 'bfloat16'),
-    ('cuda', {'gpus': 1, 'capability': (7, 5)}, 'float16'), ('cuda', {'gpus': 1, 'capability': (6, 1)}, 'float16'),
+    ('cuda', {'gpus': 1, 'capability': (7, 5)}, 'float16'), ('cuda', {'gpus': 1, 'capability': (6, 1)}, 'float32'),
     ('mps', {'mps': True}, 'float32')])
 def test_auto_is_the_fastest_dtype_that_is_safe(machine, where, how, expected):
     machine(**how)
