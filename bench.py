@@ -87,11 +87,12 @@ def train_on_what_fits(model, here):
     while True:
         try:
             return training_speed(model, here, size)
-        except torch.OutOfMemoryError:
-            if batch_size or size == 1:
+        except RuntimeError as e:
+            if batch_size or size == 1 or 'out of memory' not in str(e):
                 raise
         size //= 2                                  # outside the handler, which keeps the tensors alive
-        torch.cuda.empty_cache()
+        torch.accelerator.empty_cache()
+        torch.compiler.reset()                      # or else it would compile for any size
 
 
 def decoding_speed(model, here):

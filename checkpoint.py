@@ -17,7 +17,7 @@ import torch
 from configurator import UserError, first_line
 from dataset import dataset_tokenizer, find_dataset
 from device import DTYPES, from_everyone, load_optimizer
-from files import beside, write_atomically
+from files import beside, replace, write_atomically
 from huggingface import GPT2_NAMES, is_published, load_published, near_folder, same_model
 from model import GPT, GPTConfig
 from quantize import to_int8
@@ -41,7 +41,7 @@ def save_checkpoint(out_dir, checkpoint, names):
                 os.link(first, tmp)
             except OSError:
                 shutil.copyfile(first, tmp)
-            os.replace(tmp, other)
+            replace(tmp, other)
         except OSError as e:
             raise UserError(f'cannot write {other}: {e.strerror}; {first} is written') from None
 
@@ -62,8 +62,9 @@ class BackgroundSaver:
         self.out_dir, self.keep, self.pool, self.writing = out_dir, keep, ThreadPoolExecutor(1), None
 
     def save(self, checkpoint, names):
+        """As save_checkpoint(); nobody may change the tensors of `checkpoint` any more, see own_copy()."""
         self.finish()
-        self.writing = self.pool.submit(self._write, _copied(checkpoint), names)
+        self.writing = self.pool.submit(self._write, checkpoint, names)
 
     def finish(self):
         writing, self.writing = self.writing, None
@@ -73,15 +74,6 @@ class BackgroundSaver:
     def _write(self, checkpoint, names):
         save_checkpoint(self.out_dir, checkpoint, names)
         prune_checkpoints(self.out_dir, self.keep)
-
-
-def _copied(value):
-    """Nested dicts and lists, with copies on the CPU of the tensors in them: training is about to change those."""
-    if isinstance(value, dict):
-        return {key: _copied(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_copied(v) for v in value]
-    return value.detach().to('cpu', copy=True) if torch.is_tensor(value) else value
 
 
 def load_checkpoint(path):

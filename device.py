@@ -8,7 +8,9 @@ import re
 import shutil
 import signal
 import sys
+import sysconfig
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -74,17 +76,23 @@ def pick_compile(choice, device):
     there that it needs."""
     if choice.lower() not in ('auto', 'true', 'false'):
         raise UserError(f'compile should be auto, true or false, not {choice!r}')
-    if choice != 'auto' or torch.device(device).type != 'cuda':
+    if choice.lower() != 'auto' or torch.device(device).type != 'cuda':
         return choice.lower() == 'true'
     lacking = ('a GPU of compute capability 7.0' if torch.cuda.get_device_capability(device) < (7, 0) else
                'Triton' if importlib.util.find_spec('triton') is None else
-               'a C compiler' if os.name == 'posix' and not any(map(shutil.which, _C_COMPILERS)) else '')
+               _lacking_for_triton() if os.name == 'posix' else '')
     if lacking and os.environ.get('RANK', '0') == '0':
         print(f'not compiling, which is slower: torch.compile needs {lacking}', file=sys.stderr)
     return not lacking
 
 
-_C_COMPILERS = (os.environ.get('CC') or 'cc', 'gcc', 'clang')       # where Triton looks for one
+def _lacking_for_triton():
+    """What Triton's own small extension cannot be built without, if it is not there: '' or its name."""
+    compilers = [os.environ['CC']] if 'CC' in os.environ else ['gcc', 'clang']
+    if not any(map(shutil.which, compilers)):
+        return 'a C compiler'
+    header = Path(sysconfig.get_path('include', 'posix_prefix'), 'Python.h')
+    return '' if header.exists() else f"Python's headers ({header}; the package python3-dev)"
 
 
 def cpu_multiplies_bfloat16():
@@ -178,32 +186,45 @@ def leave_distributed(status=0):
     return status
 
 
+def own_copy(value, copies=None):
+    """Nested dicts and lists, with copies on the CPU of the tensors in them; what was one tensor twice is so again."""
+    copies = {} if copies is None else copies
+    if isinstance(value, dict):
+        return {key: own_copy(v, copies) for key, v in value.items()}
+    if isinstance(value, list):
+        return [own_copy(v, copies) for v in value]
+    if not torch.is_tensor(value):
+        return value
+    key = value.data_ptr(), value.shape, value.stride(), value.dtype
+    if key not in copies or not value.numel():
+        copies[key] = value.detach().to('cpu', copy=True)
+    return copies[key]
+
+
 def whole_state(optimizer):
-    """optimizer.state_dict(), and on process 0, of a ZeroRedundancyOptimizer, with the states of all processes, on the
-    CPU; the others get {}. To be called by all. (Its own consolidate_state_dict() sends byte by byte, in Python.)"""
+    """A copy of optimizer.state_dict() on the CPU, and on process 0, of a ZeroRedundancyOptimizer, with the states of
+    all processes; the others get {}. To be called by all. (Its own consolidate_state_dict() sends byte by byte.)"""
     if not hasattr(optimizer, 'optim'):
-        return optimizer.state_dict()
+        return own_copy(optimizer.state_dict())
     params = [p for group in optimizer.param_groups for p in group['params']]
     mine = {i: optimizer.optim.state[p] for i, p in enumerate(params) if p in optimizer.optim.state}
     kinds = {i: {name: (t.shape, t.dtype) for name, t in values.items()} for i, values in mine.items()}
+    where = 'cpu' if dist.get_backend() == 'gloo' else params[0].device      # gloo cannot send from a GPU
     rank, state = dist.get_rank(), {}
     for owner, theirs in enumerate(from_everyone(kinds)):
         for i, tensors in theirs.items():
             for name, (shape, dtype) in tensors.items():
-                if rank == owner:
-                    tensor = mine[i][name].to(params[i].device)
-                    if owner:
-                        dist.send(tensor, dst=0)
-                elif rank == 0:
-                    tensor = torch.empty(shape, dtype=dtype, device=params[i].device)
+                if rank == owner and rank != 0:
+                    dist.send(mine[i][name].to(where), dst=0)
+                elif rank == 0 and rank != owner:
+                    tensor = torch.empty(shape, dtype=dtype, device=where)
                     dist.recv(tensor, src=owner)
-                if rank == 0:
                     state.setdefault(i, {})[name] = tensor.cpu()
     if rank:
         return {}
     count = itertools.count()
     groups = [{**group, 'params': [next(count) for _ in group['params']]} for group in optimizer.param_groups]
-    return {'state': state, 'param_groups': groups}
+    return {'state': state | own_copy(mine), 'param_groups': groups}
 
 
 def load_optimizer(optimizer, state):

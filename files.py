@@ -34,7 +34,7 @@ def write_atomically(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, path)
+        replace(tmp, path)
         if os.name == 'posix':                      # the rename itself must survive a power cut, too
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
@@ -46,6 +46,17 @@ def write_atomically(path, write):
         if not isinstance(why, OSError):
             raise
         raise UserError(f'cannot write {path}: {why.strerror}; what was there before is untouched') from None
+
+
+def replace(tmp, path):
+    """os.replace(), which Windows refuses while anybody reads what is at `path`: there, wait for some seconds."""
+    for tries_left in range(50, -1, -1):
+        try:
+            return os.replace(tmp, path)
+        except PermissionError:
+            if os.name == 'posix' or not tries_left:
+                raise
+            time.sleep(LOCK_POLL)
 
 
 def write_text_atomically(path, text):
@@ -82,12 +93,16 @@ def locked(path, doing='working on'):
     try:
         yield
     finally:
-        if fcntl:
-            lock.unlink(missing_ok=True)            # before letting go: afterwards it may be another's
-        os.close(fd)
-        if not fcntl:
-            with suppress(OSError):     # Windows removes no file that is open anywhere, so afterwards is safe there
-                lock.unlink()
+        _let_go(lock, fd)
+
+
+def _let_go(lock, fd):
+    if fcntl:
+        lock.unlink(missing_ok=True)            # before letting go: afterwards it may be another's
+    os.close(fd)
+    if not fcntl:
+        with suppress(OSError):     # Windows removes no file that is open anywhere, so afterwards is safe there
+            lock.unlink()
 
 
 def try_lock(lock):
@@ -96,8 +111,10 @@ def try_lock(lock):
     try:
         if fcntl:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
+        else:                   # far behind the end: what is locked there, nobody else can read
+            os.lseek(fd, 1 << 30, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 0, os.SEEK_SET)
         if os.path.samestat(os.fstat(fd), os.stat(lock)):   # a file that its last holder has removed locks nobody out
             return fd
     except (BlockingIOError, PermissionError, FileNotFoundError):
@@ -131,8 +148,7 @@ def claim(folder, room=0):
 
     def release():
         atexit.unregister(release)
-        path.unlink(missing_ok=True)
-        os.close(fd)
+        _let_go(path, fd)
 
     atexit.register(release)
     if in_the_way:

@@ -126,7 +126,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
     plainly = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad and not dropout
     plainly = plainly and T == k.size(2) <= 256
     if not plainly:
-        if mask is not None and q.is_cuda and n_kv_head != nh:      # no fused kernel takes a mask and fewer heads
+        if q.is_cuda and n_kv_head != nh:       # few fused kernels take fewer heads, none in float32 or with a mask
             k, v = (z.repeat_interleave(nh // n_kv_head, dim=1) for z in (k, v))
         # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S) -> (B, nh, T, hs), never whole in memory
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
@@ -216,6 +216,9 @@ def for_any_shape(function):
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])(function)
 
 
+SLICE = {'cpu': 1 << 20, 'mps': 1 << 26}        # logits made at a time: what a CPU's cache holds; 2**28 on other GPUs
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum of the cross-entropies of `x @ weight.T` against `targets`, without ever holding all logits.
 
@@ -228,8 +231,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):
         # x (N, C), weight (V, C), targets (N) int64 with -100 for none; the products run in `dtype`
-        # on a CPU, what its cache holds; but every slice reads all weights, so that it should not be too thin
-        rows = max(512, (1 << 20 if x.device.type == 'cpu' else 1 << 28) // weight.size(0))
+        # every slice reads all weights, so that it should not be too thin
+        rows = max(512, SLICE.get(x.device.type, 1 << 28) // weight.size(0))
         rows = min(rows, 8192) if dtype == torch.float16 else rows      # sums over more of them may overflow
         grad_x, grad_w = torch.empty_like(x), None
         x, w = x.to(dtype), weight.to(dtype)

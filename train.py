@@ -24,7 +24,7 @@ import hellaswag
 from checkpoint import BEST, FINAL, LATEST, BackgroundSaver, start_from
 from dataset import TokenDataset, dataset_tokenizer, divide_batch, find_dataset, mix, read_meta
 from device import (Stopped, StopSignal, all_sum, autocast, from_everyone, init_distributed, leave_distributed,
-                    peak_flops, pick_compile, pick_device, pick_dtype, state_bytes, synchronize, whole_state)
+                    own_copy, peak_flops, pick_compile, pick_device, pick_dtype, state_bytes, synchronize, whole_state)
 from files import claim
 from metrics import MetricsLog, TimeToFinish
 from model import PRESETS
@@ -145,7 +145,8 @@ if compiling:
     say('compiling the model... (takes a minute, once)')
     model = torch.compile(model)
 if world_size > 1:
-    model = DDP(model, device_ids=[here] if on_gpu else None, gradient_as_bucket_view=True, broadcast_buffers=False)
+    model = DDP(model, device_ids=[here] if on_gpu else None, gradient_as_bucket_view=True)
+    model.broadcast_buffers = False             # the tables of rope are the same everywhere
 
 # 5) what is asked of it on the way
 if sample_interval:
@@ -220,12 +221,13 @@ def print_samples(step):
 
 def save(step, *names):
     """Write all that is needed to go on from `step`, or to sample, to checkpoint.pt and under each of `names`."""
-    if skipped or not all(p.isfinite().all() for p in raw_model.parameters()):
+    if diverging or not all(p.isfinite().all() for p in raw_model.parameters()):
         raise diverged(f'step {step}: the weights, or what they lead to, are not finite')
+    saver.finish()                              # one copy at a time
     optimizer_states = [whole_state(o) for o in optimizers]     # each process sends its part
     if rank == 0:
         saver.save({
-            'model': raw_model.state_dict(), 'optimizer': optimizer_states,
+            'model': own_copy(raw_model.state_dict()), 'optimizer': optimizer_states,
             'scaler': scaler.state_dict(), 'model_args': raw_model.model_args(), 'iter_num': step,
             'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.state(),
             'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template, 'elapsed_s': elapsed(),
@@ -236,6 +238,7 @@ def save(step, *names):
 def diverged(what):
     """The error that ends a run which cannot go on, with the file that is good and the way on from it."""
     saver.finish()
+    from_everyone(None)                         # nobody leaves before it is on the disk
     learned = best_val_loss < untrained_loss or math.isinf(untrained_loss)
     good = next((path for path in (Path(out_dir, BEST), Path(out_dir, LATEST)) if learned and path.is_file()), None)
     again = f'go on from the last good one: --init_from={good} --out_dir=ANOTHER' if good else (
@@ -266,7 +269,7 @@ peak = peak_flops(here, precision) * world_size
 start_time = time.perf_counter()
 best_val_loss = start.best_val_loss
 untrained_loss = math.inf                       # what a model is worth that has learned nothing, if it was evaluated
-skipped = 0                                     # steps in a row whose loss or gradient was not finite
+skipped, diverging = 0, False                   # steps in a row whose loss or gradient was not finite; is that a worry?
 max_skipped = 10                                # so many, and the run ends
 
 for step in range(start.step, max_steps + 1):
@@ -300,7 +303,7 @@ for step in range(start.step, max_steps + 1):
         names.append(f'checkpoint_iter_{step}.pt')
     if last_step and not stop.agreed:
         names.append(FINAL)
-    if step > 0 and (evaluated or names or stop.agreed) and (last_step or not skipped):
+    if step > 0 and (evaluated or names or stop.agreed) and (last_step or not diverging):
         save(step, *names)
     if last_step or stop.agreed:
         break
@@ -344,10 +347,11 @@ for step in range(start.step, max_steps + 1):
     for o in optimizers:
         o.zero_grad(set_to_none=True)
     skipped = 0 if finite else skipped + 1
+    diverging = skipped > 0
     if not finite:
         why = f'{skipped} in a row: the loss ({loss}) or its gradient ({grad_norm}) is not finite'
-        if scaler.is_enabled() and math.isfinite(loss):         # so it begins, and now and then
-            why = f'while float16 gradients find their scale, now {scaler.get_scale():g}'
+        if scaler.is_enabled() and math.isfinite(loss):         # so it begins, and now and then, with no harm done
+            why, diverging = f'while float16 gradients find their scale, now {scaler.get_scale():g}', False
         say(f'step {step}: skipped, {why}')
         if skipped == max_skipped:
             raise diverged(f'{skipped} steps in a row were not finite')

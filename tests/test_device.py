@@ -15,12 +15,13 @@ from device import PEAK_TFLOPS, listed_peak, pick_compile, pick_device, pick_dty
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch, tmp_path):
     """machine(gpus=1, capability=(8, 0), mps=False, ...): torch says that it is on such a machine."""
+    (tmp_path / 'Python.h').touch()
     for name in ('LOCAL_RANK', 'RANK', 'CC'):
         monkeypatch.delenv(name, raising=False)
 
-    def be(gpus=0, capability=(8, 0), mps=False, triton=True, compilers=('gcc',), local_rank=None):
+    def be(gpus=0, capability=(8, 0), mps=False, triton=True, compilers=('gcc',), headers=True, local_rank=None):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
         monkeypatch.setattr(torch.cuda, 'set_device', lambda index: None)
@@ -28,6 +29,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
         monkeypatch.setattr(device.importlib.util, 'find_spec', lambda name: triton or None)
         monkeypatch.setattr(shutil, 'which', lambda name: name if name in compilers else None)
+        monkeypatch.setattr(device.sysconfig, 'get_path', lambda *_: str(tmp_path if headers else tmp_path / 'none'))
         if local_rank is not None:
             monkeypatch.setenv('LOCAL_RANK', str(local_rank))
     return be
@@ -63,7 +65,7 @@ def test_auto_is_the_fastest_dtype_that_is_safe(machine, where, how, expected):
 
 @pytest.mark.parametrize('how, lacking', [
     ({}, ''), ({'compilers': ('clang',)}, ''), ({'capability': (6, 1)}, 'compute capability 7.0'),
-    ({'triton': False}, 'Triton'), ({'compilers': ()}, 'a C compiler')])
+    ({'triton': False}, 'Triton'), ({'compilers': ('cc',)}, 'a C compiler'), ({'headers': False}, 'python3-dev')])
 def test_compile_auto_is_on_where_all_is_there_that_it_needs(machine, capsys, how, lacking):
     machine(gpus=1, **how)
     assert pick_compile('auto', 'cuda') == (not lacking)

@@ -82,6 +82,9 @@ def test_lower_precision_and_compiling_change_no_loss_by_much(place, plain, opti
     done = train(place, out, *options)
     found = losses(place, out)
     assert found.keys() == plain.keys() and 'not finite' not in done.stdout
+    if ': skipped, ' in done.stdout:                    # float16 found its scale later: all comes a step or two later
+        assert found[29] == pytest.approx(plain[29], rel=0.1)
+        return
     assert all(found[step] == pytest.approx(plain[step], rel=0.03) for step in plain)
     print(f'\n{" ".join(options)}: at most {max(abs(found[s] / plain[s] - 1) for s in plain):.1%} from float32')
 
@@ -99,7 +102,9 @@ def test_the_loss_is_the_same_in_slices_at_once_and_compiled():
             loss = LinearCrossEntropy.apply(a, w, targets, torch.float32, True)
         elif how == 'whole':
             loss = torch.nn.functional.cross_entropy(a @ w.t(), targets, ignore_index=-100, reduction='sum')
-        elif CAN_COMPILE:
+        elif not CAN_COMPILE:
+            continue
+        else:
             model.lm_head.weight = torch.nn.Parameter(weight.clone())
             loss, w = torch.compile(model.loss)(a[None], targets[None], 'sum'), model.lm_head.weight
         loss.backward()
@@ -113,7 +118,8 @@ def test_float16_with_two_optimizers_scales_its_gradients_and_learns(place, plai
     done = train(place, 'muon', '--dtype=float16', '--optimizer=muon', '--compile=false')
     found = losses(place, 'muon')
     assert found[29] < 0.8 * found[0] and 'not finite' not in done.stdout
-    assert (place / 'out/muon/final_checkpoint.pt').exists()
+    done = train(place, 'muon', '--dtype=float16', '--optimizer=muon', '--compile=false', '--max_steps=35')
+    assert 'at step 30' in done.stdout and losses(place, 'muon')[34] < 0.8 * found[0]      # with scale and moments
 
 
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(place, plain):
@@ -122,12 +128,15 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(place, plain):
     log = place / 'out/killed/metrics.jsonl'
     line += ['--max_steps=100000', '--min_lr=1e-3']
     with subprocess.Popen(line, cwd=place, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 100
-        while not (log.exists() and '"step": 40,' in log.read_text(encoding='utf-8')):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
+        try:
+            deadline = time.monotonic() + 100
+            while not (log.exists() and '"step": 40,' in log.read_text(encoding='utf-8')):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 143
+        finally:
+            process.kill()
     step = max(losses(place, 'killed')) + 1
     done = train(place, 'killed', '--dtype=float32', '--compile=false', '--min_lr=1e-3', f'--max_steps={step + 10}')
     assert f'at step {step}' in done.stdout
@@ -150,7 +159,9 @@ def test_two_processes_on_one_gpu_have_the_losses_of_one(place, plain):
         out = f'two{len(options)}'
         done = train(place, out, '--dtype=float32', '--compile=false', '--device=cuda:0', *options, processes=2)
         assert all(losses(place, out)[s] == pytest.approx(plain[s], rel=1e-3) for s in plain), done.stdout
-        assert losses(place, out, 'val_loss')[30] == pytest.approx(losses(place, 'plain', 'val_loss')[30], rel=1e-3)
+        done = train(place, out, '--dtype=float32', '--compile=false', '--max_steps=32', *options)     # and alone again
+        assert 'at step 30' in done.stdout and losses(place, out)[31] < 0.8 * plain[0]
+        assert losses(place, out, 'val_loss')[15] == pytest.approx(losses(place, 'plain', 'val_loss')[15], rel=1e-3)
 
 
 # -----------------------------------------------------------------------------
@@ -227,5 +238,6 @@ def test_what_a_step_of_gpt2_takes():
 def test_bench_measures_the_gpu(place):
     done = script(place, 'bench.py', '--device=cuda', '--preset=26m', '--turns=1')
     assert done.returncode == 0, done.stderr
-    assert re.search(r'tokens/s.*MFU.* GB', done.stdout) and 'bfloat16' in done.stdout, done.stdout
+    assert re.search(rf'training .*tokens/s.*MFU.* GB: .*{HALF}, compile: ', done.stdout), done.stdout
+    assert len(re.findall(r'^(float32|bfloat16) .*tokens/s', done.stdout, re.M)) == 2
     print(f'\n{done.stdout}')

@@ -9,17 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import checkpoint
 from checkpoint import BackgroundSaver, build_model, load_checkpoint, save_checkpoint
 from configurator import UserError
-from device import load_optimizer
+from device import load_optimizer, own_copy
 from metrics import TimeToFinish
 from model import GPT, GPTConfig
 from scripts import ROOT, Script, patched, run
@@ -217,16 +215,20 @@ def test_no_copy_is_left_to_itself_that_may_read_memory_given_back(place):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_checkpoint_is_what_the_weights_were_when_it_was_asked_for(tmp_path, monkeypatch):
-    started, write = threading.Event(), checkpoint.save_checkpoint
-    monkeypatch.setattr(checkpoint, 'save_checkpoint', lambda *args: started.wait() and write(*args))
-    model, saver = {'w': torch.ones(3)}, BackgroundSaver(tmp_path, keep=2)
-    saver.save({'model': model, 'model_args': {'mlp': 'gelu'}, 'optimizer': [{'state': {0: model}}]}, ['a.pt'])
-    model['w'].zero_()                                              # training goes on
-    started.set()
-    saver.finish()
-    loaded = load_checkpoint(tmp_path / 'a.pt')
-    assert loaded['model']['w'].tolist() == loaded['optimizer'][0]['state'][0]['w'].tolist() == [1, 1, 1]
+def test_a_checkpoint_is_what_the_weights_were_when_it_was_asked_for():
+    w = torch.ones(3)
+    copied = own_copy({'model': {'wte': w, 'lm_head': w, 'part': w[:2]}, 'optimizer': [{'state': {0: w.clone()}}]})
+    w.zero_()                                                       # training goes on
+    assert [t.tolist() for t in copied['model'].values()] == [[1, 1, 1], [1, 1, 1], [1, 1]]
+    assert copied['optimizer'][0]['state'][0].tolist() == [1, 1, 1]
+    assert copied['model']['wte'] is copied['model']['lm_head']     # tied weights take the room of one
+
+
+def test_a_checkpoint_holds_each_weight_and_its_two_moments_once(place):
+    train(place, 'out/size', '--max_steps=2', '--eval_interval=0', '--n_embd=128')
+    path = place / 'out/size/checkpoint.pt'
+    n = build_model(load_checkpoint(path)).num_params()
+    assert 12 * n < path.stat().st_size < 12.3 * n + 50_000         # beside the tensors, some 300 bytes for each
 
 
 def test_what_goes_wrong_with_a_checkpoint_is_raised_once(tmp_path):
