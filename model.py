@@ -123,7 +123,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
     short texts on a CPU in bfloat16, three plain products, four times as fast. A change to one is a change to both.
     """
     (B, nh, T, hs), n_kv_head = q.shape, k.size(1)
-    plainly = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad and not dropout
+    plainly = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad
     plainly = plainly and T == k.size(2) <= 256
     if not plainly:
         if q.is_cuda and n_kv_head != nh:       # few fused kernels take fewer heads, none in float32 or with a mask
@@ -138,7 +138,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
         unseen = torch.zeros(B, 1, T, T, dtype=q.dtype).masked_fill_(~mask, -math.inf)
         unseen = unseen.expand(B, nh, T, T).reshape(B * nh, T, T)
     scores = torch.baddbmm(unseen, q.reshape(B * nh, T, hs), k.transpose(1, 2), alpha=1 / math.sqrt(hs))
-    return (scores.softmax(dim=-1) @ v).view(B, nh, T, hs)
+    return (F.dropout(scores.softmax(dim=-1), dropout) @ v).view(B, nh, T, hs)
 
 
 class CausalSelfAttention(nn.Module):

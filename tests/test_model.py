@@ -272,6 +272,18 @@ def test_attentions_two_ways_are_one(masked):
         assert (y.float() - exact).abs().max() < 0.05
 
 
+def test_both_ways_of_attention_drop_as_many_and_scale_up_the_rest():
+    from model import attention
+    torch.manual_seed(0)
+    q = torch.zeros(50, 4, 64, 16)
+    for x in (q, q.to(torch.bfloat16).requires_grad_()):        # fused, and plain
+        y = attention(x, torch.zeros_like(x), torch.ones_like(x), dropout=0.25).float().detach()[..., 0]
+        first = y[:, :, 0].flatten()                            # a first token attends to itself alone: all or nothing
+        assert first[first > 0].tolist() == pytest.approx([1 / 0.75] * int((first > 0).sum()), rel=0.01)
+        assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=0.1)
+        assert y.mean().item() == pytest.approx(1, abs=0.02)
+
+
 def test_dropout_is_off_in_evaluation():
     model = lively(GPTConfig(**SMALL, dropout=0.5))
     idx = torch.randint(61, (2, 16))

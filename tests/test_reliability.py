@@ -386,7 +386,7 @@ def standing_in_the_way(out, kind):
     elif kind == 'a link to itself':
         out.symlink_to(out)
     elif kind == 'too long a name':
-        return out / ('n' * 300)
+        return out.parent / ('n' * 300)
     elif kind == 'no name':
         return ''
     elif kind == 'tb is a file':
