@@ -1,7 +1,10 @@
 """How the scripts fit together: imports run one way, and the README's map shows every file."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -34,6 +37,25 @@ def test_no_module_imports_a_script_but_train_and_the_chinese_evaluation():
     importing = {name: imports(path) & scripts for name, path in FILES.items()}
     assert {name: found for name, found in importing.items() if found} == {
         'train': {'hellaswag', 'eval_zh', 'sample'}, 'eval_zh': {'sample'}}
+
+
+def test_scripts_import_configurator_before_what_takes_long_to_load():
+    scripts = {name: path.read_text(encoding='utf-8') for name, path in FILES.items() if name != 'configurator'}
+    scripts = {name: text for name, text in scripts.items() if 'configure(globals()' in text}
+    assert len(scripts) > 7
+    for name, text in scripts.items():
+        found = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                 for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert next(m for m in found if m.split('.')[0] not in sys.stdlib_module_names) == 'configurator', name
+
+
+@pytest.mark.parametrize('chosen, expected', [({}, '5000'), ({'GOMP_SPINCOUNT': '7'}, '7'),
+                                              ({'OMP_WAIT_POLICY': 'active'}, None)])
+def test_how_threads_wait_is_chosen_before_torch_is_loaded_unless_the_user_has(chosen, expected):
+    env = {name: value for name, value in os.environ.items() if name not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
+    code = 'import configurator, os, sys; print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**env, **chosen}, text=True, capture_output=True)
+    assert done.stdout.split() == [str(expected), 'False']
 
 
 def test_the_top_level_is_one_screen_of_files_and_the_readmes_map_has_them_all():
