@@ -269,7 +269,8 @@ peak = peak_flops(here, precision) * world_size
 start_time = time.perf_counter()
 best_val_loss = start.best_val_loss
 untrained_loss = math.inf                       # what a model is worth that has learned nothing, if it was evaluated
-skipped, diverging = 0, False                   # steps in a row whose loss or gradient was not finite; is that a worry?
+skipped = 0                                     # steps in a row whose loss or gradient was not finite
+diverging = False                               # whether that is more than float16 finding its scale
 max_skipped = 10                                # so many, and the run ends
 
 for step in range(start.step, max_steps + 1):
@@ -286,7 +287,7 @@ for step in range(start.step, max_steps + 1):
             log_metrics(step, val_loss=val_loss, ppl=ppl)
             if step == 0:
                 untrained_loss = val_loss
-            elif val_loss < best_val_loss:
+            elif val_loss < best_val_loss and not diverging:        # what is not saved is not the best, either
                 best_val_loss = val_loss
                 names.append(BEST)
         if due(hellaswag_interval):

@@ -163,6 +163,20 @@ def test_a_run_goes_on_with_fewer_processes_and_the_same_losses(place):
             assert b[key] == pytest.approx(a[key], rel=1e-4), (a, b)
 
 
+def test_what_is_the_best_is_on_the_disk_even_if_a_step_was_skipped_before_it(place):
+    # the fifth step is not finite, so that the evaluation behind it is not saved; the sixth makes the model worse
+    bad = patched(place, 'import torch\nclip, calls = torch.nn.utils.clip_grad_norm_, [0]\n'
+                  'def odd(parameters, *rest):\n    parameters = list(parameters)\n    calls[0] += 1\n'
+                  '    for p in parameters if calls[0] == 6 else ():\n        p.data += 0.3 * torch.randn_like(p)\n'
+                  '    return clip(parameters, *rest) * (float("nan") if calls[0] == 5 else 1)\n'
+                  'torch.nn.utils.clip_grad_norm_ = odd')
+    done = run(place, bad, 'train.py', *A, '--out_dir=out/best', '--eval_interval=5', '--max_steps=6')
+    assert done.returncode == 0 and done.stdout.count(': skipped, ') == 1, done.stderr
+    best, latest = (load_checkpoint(place / 'out/best' / name) for name in (BEST, LATEST))
+    val_loss = {line['step']: line['val_loss'] for line in metrics(place, 'out/best') if 'val_loss' in line}
+    assert val_loss[5] < val_loss[6] == latest['best_val_loss'] == best['best_val_loss'] and best['iter_num'] == 6
+
+
 # -----------------------------------------------------------------------------
 # two runs, and which checkpoint is the newest
 
