@@ -52,8 +52,8 @@ def train(place, out, *args):
     return run(place, 'train.py', *A, f'--out_dir={out}', *args)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 60
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -8,7 +8,6 @@ megabyte are mounted, too.
 """
 
 import itertools
-import json
 import os
 import random
 import re
@@ -26,14 +25,13 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import torch                                                            # noqa: E402
+import test_reliability                                                 # noqa: E402
 from scripts import ROOT, Script, command, patched, run                 # noqa: E402
+from test_reliability import A, wait_for                                # noqa: E402
 
 from checkpoint import load_checkpoint, load_newest                     # noqa: E402
 from configurator import UserError                                      # noqa: E402
 
-A = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
-     '--total_batch_size=512', '--device=cpu', '--dtype=float32', '--compile=false', '--tensorboard=false',
-     '--eval_iters=2', '--learning_rate=1e-3', '--min_lr=1e-4', '--warmup_steps=2']
 ROOT_ON_LINUX = sys.platform == 'linux' and os.geteuid() == 0
 
 
@@ -66,14 +64,11 @@ def train(place, out, *args, **how):
 
 
 def metrics(place, out):
-    path = place / 'out' / out / 'metrics.jsonl'
-    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines() if line.endswith('}')]
+    return test_reliability.metrics(place, f'out/{out}')
 
 
 def steps(place, out):
-    with suppress(FileNotFoundError):
-        return [line['step'] for line in metrics(place, out) if 'loss' in line]
-    return []
+    return test_reliability.steps(place, f'out/{out}')
 
 
 def same_run(place, a, b):
@@ -83,13 +78,6 @@ def same_run(place, a, b):
     tensors = [[*c['model'].values(), *(t for o in c['optimizer'] for s in o['state'].values() for t in s.values())]
                for c in (one, two)]
     return losses[0] == losses[1] and all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @contextmanager
