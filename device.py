@@ -202,15 +202,16 @@ def own_copy(value, copies=None):
 
 
 def whole_state(optimizer):
-    """A copy of optimizer.state_dict() on the CPU, and on process 0, of a ZeroRedundancyOptimizer, with the states of
-    all processes; the others get {}. To be called by all. (Its own consolidate_state_dict() sends byte by byte.)"""
+    """On process 0 a copy of optimizer.state_dict() on the CPU, of a ZeroRedundancyOptimizer with the states of all
+    processes; the others get {}. To be called by all. (Its own consolidate_state_dict() sends byte by byte.)"""
+    rank = dist.get_rank() if dist.is_initialized() else 0
     if not hasattr(optimizer, 'optim'):
-        return own_copy(optimizer.state_dict())
+        return {} if rank else own_copy(optimizer.state_dict())
     params = [p for group in optimizer.param_groups for p in group['params']]
     mine = {i: optimizer.optim.state[p] for i, p in enumerate(params) if p in optimizer.optim.state}
     kinds = {i: {name: (t.shape, t.dtype) for name, t in values.items()} for i, values in mine.items()}
     where = 'cpu' if dist.get_backend() == 'gloo' else params[0].device      # gloo cannot send from a GPU
-    rank, state = dist.get_rank(), {}
+    state = {}
     for owner, theirs in enumerate(from_everyone(kinds)):
         for i, tensors in theirs.items():
             for name, (shape, dtype) in tensors.items():
