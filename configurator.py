@@ -13,6 +13,7 @@ import it before torch, whose threads then wait for each other in a way that lea
 
 import ast
 import builtins
+import ctypes
 import difflib
 import errno
 import io
@@ -22,6 +23,7 @@ import re
 import sys
 import tokenize
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -260,6 +262,13 @@ sys.excepthook = _end_kindly
 # very core that the last one is waiting for; a fraction of a millisecond costs nothing alone and far less in company
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '5000')
+# Memory that is taken anew in each step comes from Linux in pages that are cleared one by one: rather in large pages, and
+# what has been freed is kept for the next step
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')          # torch's own; read when it is loaded
+if sys.platform == 'linux' and not any(name.startswith('MALLOC_') for name in os.environ):
+    with suppress(OSError, AttributeError):                 # a libc that is not GNU's
+        for option, value in ((-4, 0), (-1, (1 << 31) - 1)):            # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 for _stream in (sys.stdout, sys.stderr):
     if _stream.encoding and _stream.encoding.lower().replace('-', '') != 'utf8':
         _stream.reconfigure(encoding='utf-8', errors='replace')         # a Windows console may be set to GBK

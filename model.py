@@ -91,7 +91,7 @@ def rope_table(block_size, head_size, theta):
 
 
 def apply_rope(x, cos, sin):
-    """Turn channel i of x (B, nh, T, hs) with channel i + hs/2, by the angle of its position; cos, sin (T, hs/2)."""
+    """Turn channel i of x (..., T, hs) with channel i + hs/2, by the angle of its position; cos, sin (..., T, hs/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -109,10 +109,10 @@ class KVCache:
         if self.layers[layer] is None:
             self.layers[layer] = k.new_empty(self.shape), v.new_empty(self.shape)
         keys, values = self.layers[layer]
-        end = self.length + k.size(2)
+        end = self.length + k.size(2)                       # if all rows are alike, B may be 1 here
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        return keys[:len(k), :, :end], values[:len(k), :, :end]
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
@@ -123,6 +123,11 @@ def attention(q, k, v, mask=None, dropout=0.0):
     short texts on a CPU in bfloat16, three plain products, four times as fast. A change to one is a change to both.
     """
     (B, nh, T, hs), n_kv_head = q.shape, k.size(1)
+    if T == 1 and q.device.type == 'cpu' and not q.requires_grad:
+        q = q.reshape(B, n_kv_head, nh // n_kv_head, hs)     # the queries that share a head of keys and values
+        scores = (q / math.sqrt(hs)) @ k.transpose(2, 3)
+        scores = scores if mask is None else scores.masked_fill_(~mask, -math.inf)
+        return (scores.softmax(dim=-1) @ v).view(B, nh, 1, hs)
     plainly = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad
     plainly = plainly and T == k.size(2) <= 256
     if not plainly:
@@ -131,14 +136,16 @@ def attention(q, k, v, mask=None, dropout=0.0):
         # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S) -> (B, nh, T, hs), never whole in memory
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                               dropout_p=dropout, enable_gqa=k.size(1) != nh)
-    k, v = (z.repeat_interleave(nh // n_kv_head, dim=1).reshape(B * nh, T, hs) for z in (k, v))
+    if n_kv_head != nh:
+        k, v = (z.repeat_interleave(nh // n_kv_head, dim=1) for z in (k, v))
+    q, k, v = (z.transpose(0, 1).reshape(nh * B, T, hs) for z in (q, k, v))     # as they come: nothing is copied
     if mask is None:
-        unseen = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).expand(B * nh, T, T)
+        unseen = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).expand(nh * B, T, T)
     else:
-        unseen = torch.zeros(B, 1, T, T, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-        unseen = unseen.expand(B, nh, T, T).reshape(B * nh, T, T)
-    scores = torch.baddbmm(unseen, q.reshape(B * nh, T, hs), k.transpose(1, 2), alpha=1 / math.sqrt(hs))
-    return (F.dropout(scores.softmax(dim=-1), dropout) @ v).view(B, nh, T, hs)
+        unseen = torch.zeros(1, B, T, T, dtype=q.dtype).masked_fill_(~mask.transpose(0, 1), -math.inf)
+        unseen = unseen.expand(nh, B, T, T).reshape(nh * B, T, T)
+    scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs))
+    return (F.dropout(scores.softmax(dim=-1), dropout) @ v).view(nh, B, T, hs).transpose(0, 1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -156,14 +163,15 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope=None, cache=None, mask=None):
         B, T, C = x.shape
         n_head, n_kv_head, hs = self.config.n_head, self.config.n_kv_head, self.head_size
-        q, k, v = self.c_attn(x).split([n_head * hs, n_kv_head * hs, n_kv_head * hs], dim=-1)
-        q = q.view(B, T, n_head, hs).transpose(1, 2)         # (B, nh, T, hs)
-        k = k.view(B, T, n_kv_head, hs).transpose(1, 2)      # (B, n_kv_head, T, hs)
-        v = v.view(B, T, n_kv_head, hs).transpose(1, 2)      # (B, n_kv_head, T, hs)
+        heads = self.c_attn(x).view(B, T, n_head + 2 * n_kv_head, hs).permute(2, 0, 1, 3)
+        if x.device.type == 'cpu' and x.requires_grad:
+            heads = heads.contiguous()                       # one copy here saves three of them in attention()
+        q, k, v = heads.split([n_head, n_kv_head, n_kv_head])                   # (nh or n_kv_head, B, T, hs)
         if self.config.qk_norm:
             q, k = F.rms_norm(q, (hs,)), F.rms_norm(k, (hs,))
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)       # (B, nh or n_kv_head, T, hs)
 
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -241,24 +249,22 @@ class LinearCrossEntropy(torch.autograd.Function):
             xi, target = x[i:i + rows], targets[i:i + rows, None]
             wanted = target >= 0
             target = target.clamp(min=0)
-            logits = (xi @ w.t()).float()                    # (n, V)
-            lse = logits.logsumexp(-1, keepdim=True)         # (n, 1)
-            loss = loss + ((lse - logits.gather(1, target)) * wanted).sum()
+            logp = F.log_softmax((xi @ w.t()).float(), dim=-1)                      # (n, V)
+            loss = loss - (logp.gather(1, target) * wanted).sum()
             if with_grad:
-                p = (logits - lse).exp_()                    # softmax, (n, V)
+                p = logp.exp_()                              # softmax, (n, V)
                 p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
-                p = (p * wanted).to(dtype)
+                p = p.mul_(wanted).to(dtype)
                 grad_x[i:i + rows] = p @ w
-                part = (p.t() @ xi).to(weight.dtype)         # (V, C)
-                grad_w = part if grad_w is None else grad_w.add_(part)
-        if with_grad:
-            ctx.save_for_backward(grad_x, grad_w)
+                part = p.t() @ xi                            # (V, C)
+                grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
+        ctx.grads = grad_x, grad_w
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_x, grad_w = ctx.saved_tensors
-        return (grad_x * grad_loss).to(grad_x.dtype), grad_w * grad_loss, None, None, None
+        (grad_x, grad_w), ctx.grads = ctx.grads, None        # scaled in place, and so for one backward pass only
+        return grad_x.mul_(grad_loss), grad_w.mul_(grad_loss), None, None, None
 
 
 def token_losses(x, head, targets):
@@ -335,8 +341,7 @@ class GPT(nn.Module):
         if self.config.position == 'learned':
             x = x + self.transformer.wpe.weight[where]                       # (T, C), the same for every row
         else:
-            rope = [table[where].to(self._dtype(x)) for table in (self.rope_cos, self.rope_sin)]     # (T, hs/2)
-            rope = [table[:, None] for table in rope] if positions is not None else rope     # (B, 1, T, hs/2)
+            rope = [table[where].to(self._dtype(x)) for table in (self.rope_cos, self.rope_sin)]     # (T or B, T, hs/2)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rope, cache, mask)
@@ -456,14 +461,22 @@ class GPT(nn.Module):
                 print(f'using Muon: {len(hidden)} tensors, with {sum(p.numel() for p in hidden):,} parameters')
         return optimizers
 
+    def clip_gradient(self, limit):
+        """Scale the gradient down to the norm `limit` if it is longer (0 = never); its norm as it was, a scalar."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if 0 < limit < norm:
+            torch._foreach_mul_(gradients, limit / norm)
+        return norm
+
     # -------------------------------------------------------------------------
     # decoding
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, idx, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
                eot=None, n_vocab=None, suppress=(), suppress_first=(), generator=None, use_cache=True):
-        """Continue several prompts, one token a step. Yields (tokens, fresh), each (B,): the ids of the next column,
-        and which of them were sampled (the others belong to a prompt that is longer than the shortest, or are done).
+        """Continue several prompts, one token a step. Yields (tokens, fresh), each (B,): the next token of each row,
+        and which rows were not done before it.
 
         idx: (B, T) int64, prompts on the left, anything behind them. lengths: B prompt lengths, each at least 1.
         temperature 0 takes the likeliest token. top_k 0 and top_p 1 leave all. eot: the token that ends a row.
@@ -471,42 +484,43 @@ class GPT(nn.Module):
         use_cache=False recomputes everything, for comparison. A row that grows past block_size goes on with its last
         block_size tokens.
         """
-        B, T = idx.shape
-        device, block_size = idx.device, self.config.block_size
-        lengths = torch.as_tensor(lengths, device=device)
-        n, end = int(lengths.min()), int(lengths.max()) + max_new_tokens     # columns known; columns at the end
-        tokens = torch.cat([idx, idx.new_zeros(B, end - T)], dim=1) if end > T else idx[:, :end].clone()
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        banned = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=device)
-        banned[n_vocab or self.config.vocab_size:] = True
-        banned[list(suppress)] = True
-        banned_first = banned.clone()
-        banned_first[list(suppress_first)] = True
+        B, device, block_size = len(idx), idx.device, self.config.block_size
+        lengths = [int(length) for length in lengths]
+        prompt = max(lengths)
+        tokens = idx.new_zeros(B, prompt + max_new_tokens)
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
-        seen.scatter_(1, tokens[:, :n], True)
-        cache = KVCache(self.config, B, min(end, block_size)) if use_cache else None
-        while n < end and not done.all():
+        for b, length in enumerate(lengths):        # all prompts end in one column; what is before a short one is padding
+            tokens[b, prompt - length:prompt] = idx[b, :length]
+            seen[b, idx[b, :length]] = True
+        padding = prompt - torch.tensor(lengths, device=device) if min(lengths) < prompt else None          # (B,)
+        alike = bool((tokens[:, :prompt] == tokens[:1, :prompt]).all()) and padding is None
+        cache = KVCache(self.config, B, min(prompt + max_new_tokens, block_size)) if use_cache else None
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+
+        for n in range(prompt, prompt + max_new_tokens):        # columns that are known
             if n > block_size:          # the window slides, every position changes, and nothing cached holds any more
                 cache = None
-            new = tokens[:, cache.length:n] if cache is not None else tokens[:, max(0, n - block_size):n]
-            logits = self(new, cache=cache, last_only=True)[0][:, -1].float()            # (B, V)
+            first = cache.length if cache is not None else max(0, n - block_size)
+            new = tokens[:1 if alike and n == prompt else B, first:n]           # one prompt of all rows is read once
+            logits = self(new, cache=cache, last_only=True, **unpadded(padding, first, n, cache, block_size))[0]
+            logits = logits[:, -1, :n_vocab].float().expand(B, -1)                      # (B, V)
             if repetition_penalty != 1.0:
                 penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-                repeated = seen.clone()
+                repeated = seen[:, :n_vocab].clone()
                 if eot is not None:
                     repeated[:, eot] = False        # it stands before every document; ending one is no repetition
                 logits = torch.where(repeated, penalized, logits)
-            logits = logits.masked_fill(torch.where((n == lengths)[:, None], banned_first, banned), -math.inf)
+            if banned := {*suppress, *(suppress_first if n == prompt else ())}:
+                logits = logits.index_fill(1, torch.tensor(sorted(banned), device=device), -math.inf)
             sampled = sample_next(logits, temperature, top_k, top_p, generator)
-            fresh = (n >= lengths) & (n < lengths + max_new_tokens) & ~done
-            given = tokens[:, n]                    # what stands there: the prompt's own token, or nothing yet
-            tokens[:, n] = torch.where(n < lengths, given, sampled)
-            seen.scatter_(1, tokens[:, n:n + 1], True)
-            yield tokens[:, n], fresh
+            tokens[:, n] = sampled
+            if repetition_penalty != 1.0:
+                seen.scatter_(1, sampled[:, None], True)
+            yield sampled, ~done
             if eot is not None:
-                done |= fresh & (sampled == eot)
-            n += 1
-            done |= n >= lengths + max_new_tokens
+                done |= sampled == eot
+                if done.all():
+                    break
 
     def generate(self, idx, max_new_tokens, **options):
         """Prompts idx (B, T) int64, all of one length, with up to max_new_tokens more behind each: (B, T + more).
@@ -518,12 +532,24 @@ class GPT(nn.Module):
         return torch.cat([idx, torch.stack(columns, dim=1)], dim=1) if columns else idx
 
 
+def unpadded(padding, first, n, cache, block_size):
+    """The arguments of GPT.forward that make rows of columns first to n, the first padding[b] of row b meaningless, what
+    they would be alone: each begins at position 0, and does not see the padding; {} if there is none (None)."""
+    if padding is None:
+        return {}
+    begin = padding.clamp(min=n - block_size)[:, None]                          # (B, 1): each row's first column
+    query = torch.arange(first, n, device=padding.device)                       # (T,)
+    key = query if cache is None else torch.arange(n, device=padding.device)    # (S,)
+    sees = (key >= begin)[:, None] & (key <= query[:, None]) | (key == query[:, None])      # padding sees itself
+    return {'positions': (query - begin).clamp(min=0), 'mask': sees[:, None]}               # (B, T), (B, 1, T, S)
+
+
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """The next token (B,) int64 for logits (B, V) float32, drawn from softmax(logits / temperature), cut to the top_k
     likeliest tokens and to the fewest whose probabilities add up to top_p (Holtzman et al. 2019), the one that crosses
     the threshold included. temperature 0, or so small that float32 cannot divide by it, takes the likeliest."""
     if temperature < 1e-6:
-        return logits.argmax(dim=-1)
+        return logits.max(dim=-1).indices           # the first of equal ones
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
         kth = torch.topk(logits, top_k, dim=-1).values[:, -1:]

@@ -8,6 +8,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+# without VNNI, the sums of two products are kept in 16 bits, and so activations in 7
+REDUCE_RANGE = not torch.cpu._is_vnni_supported()
+
 
 def quantize_rows(weight):
     """(int8 matrix, float32 scales) of a float matrix (O, I): weight is about matrix * scales[:, None]."""
@@ -16,25 +19,22 @@ def quantize_rows(weight):
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
-def pack(weight):
-    """The int8 matrix (O, I) in the layout that this CPU's kernel wants, or None where there is no such kernel."""
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(weight, None)
-        int8_product(torch.zeros(1, weight.size(1)), packed, torch.ones(weight.size(0)))
-        return packed
-    except (RuntimeError, AttributeError):      # the float weights are used then
+def pack(weight, scale):
+    """The int8 matrix (O, I) with its scales (O,), packed for FBGEMM, or None where this CPU has no such kernel."""
+    if 'fbgemm' not in torch.backends.quantized.supported_engines:
         return None
+    torch.backends.quantized.engine = 'fbgemm'
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    return torch.ops.quantized.linear_prepack(
+        torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0), None)
 
 
-def int8_product(x, packed, scale):
-    """x (N, I) float32 times the packed matrix (O, I) with its scales: (N, O) float32."""
-    row_scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12).div_(127)
-    # unsigned, around 128: the kernel is fast for unsigned activations only
-    quantized = (x / row_scale).round_().add_(128).to(torch.uint8)
-    zeros = torch.zeros_like(scale, dtype=torch.int64)
-    y = torch.ops.onednn.qlinear_pointwise(quantized, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32,
-                                           'none', [], '')
-    return y.mul_(row_scale)
+def int8_product(x, packed):
+    """x (N, I) float32, quantized row by row, times the packed matrix (O, I): (N, O) float32."""
+    if len(x) == 1:
+        return torch.ops.quantized.linear_dynamic(x, packed, REDUCE_RANGE)
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)      # the kernel has one scale for all rows
+    return torch.ops.quantized.linear_dynamic(x / largest, packed, REDUCE_RANGE).mul_(largest)
 
 
 class Int8Linear(nn.Module):
@@ -51,12 +51,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         if self.packed is None and self.weight is None:
-            self.packed = pack(self.weight_int8) if x.device.type == 'cpu' else None
+            self.packed = pack(self.weight_int8, self.scale) if x.device.type == 'cpu' else None
             if self.packed is None:
                 self.weight = (self.weight_int8 * self.scale[:, None]).to(x.dtype)
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
-        y = int8_product(x.reshape(-1, x.size(-1)), self.packed, self.scale)
+        y = int8_product(x.reshape(-1, x.size(-1)), self.packed)
         y = y if self.bias is None else y.add_(self.bias)
         return y.view(*x.shape[:-1], -1)
 
