@@ -261,9 +261,9 @@ sys.excepthook = _end_kindly
 # OpenMP's threads wait for the last of them by spinning, for some milliseconds, although another program may need the
 # very core that the last one is waiting for; a fraction of a millisecond costs nothing alone and far less in company
 if 'OMP_WAIT_POLICY' not in os.environ:
-    os.environ.setdefault('GOMP_SPINCOUNT', '5000')
-# Memory that is taken anew in each step comes from Linux in pages that are cleared one by one: rather in large pages, and
-# what has been freed is kept for the next step
+    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+# Linux clears memory page by page whenever it is taken anew, in every step: rather in large pages, and what has been
+# freed is kept for the next step
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')          # torch's own; read when it is loaded
 if sys.platform == 'linux' and not any(name.startswith('MALLOC_') for name in os.environ):
     with suppress(OSError, AttributeError):                 # a libc that is not GNU's

@@ -12,6 +12,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from loss import LinearCrossEntropy, token_losses
+
 # Shapes by name: `GPTConfig(**PRESETS['gpt2'])`, or `python train.py --preset=gpt2`.
 PRESETS = {
     'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),            # 124M
@@ -119,8 +121,9 @@ def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(hs)) v for q (B, nh, T, hs) and k, v (B, n_kv_head, S, hs): (B, nh, T, hs).
     mask: (B or 1, 1, T, S) bool, who sees whom; without it, everyone sees what came before. dropout: its probability.
 
-    Two ways to the same, which a test holds together: PyTorch's fused kernel, and where its backward pass is slow, for
-    short texts on a CPU in bfloat16, three plain products, four times as fast. A change to one is a change to both.
+    Three ways to the same, which a test holds together: PyTorch's fused kernel, and on a CPU, where its backward pass
+    is slow in bfloat16 and a call of it dear, plain products: for short texts in training, four times as fast, and for
+    one new token. A change to one is a change to all.
     """
     (B, nh, T, hs), n_kv_head = q.shape, k.size(1)
     if T == 1 and q.device.type == 'cpu' and not q.requires_grad:
@@ -222,59 +225,6 @@ def for_any_shape(function):
     """Decorates what runs a model on ever new shapes: there, cuDNN's attention, which is the first choice on new GPUs,
     would spend most of the time on a plan for each."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])(function)
-
-
-SLICE = {'cpu': 1 << 20, 'mps': 1 << 26}        # logits made at a time: what a CPU's cache holds; 2**28 on other GPUs
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the cross-entropies of `x @ weight.T` against `targets`, without ever holding all logits.
-
-    For GPT-2 the logits of a batch are far larger than the rest of its activations. So they are made for some rows at
-    a time, in float32, and turned at once into the gradient, softmax(logits) - onehot(target); backward only scales it.
-    It is for what is not compiled: on CPUs it is the fastest there is, elsewhere it saves memory. torch.compile makes
-    something faster of plain cross_entropy (36 against 57 ms: github.com/pytorch/pytorch/issues/124480).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_grad):
-        # x (N, C), weight (V, C), targets (N) int64 with -100 for none; the products run in `dtype`
-        # every slice reads all weights, so that it should not be too thin
-        rows = max(512, SLICE.get(x.device.type, 1 << 28) // weight.size(0))
-        rows = min(rows, 8192) if dtype == torch.float16 else rows      # sums over more of them may overflow
-        grad_x, grad_w = torch.empty_like(x), None
-        x, w = x.to(dtype), weight.to(dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        for i in range(0, x.size(0), rows):
-            xi, target = x[i:i + rows], targets[i:i + rows, None]
-            wanted = target >= 0
-            target = target.clamp(min=0)
-            logp = F.log_softmax((xi @ w.t()).float(), dim=-1)                      # (n, V)
-            loss = loss - (logp.gather(1, target) * wanted).sum()
-            if with_grad:
-                p = logp.exp_()                              # softmax, (n, V)
-                p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
-                p = p.mul_(wanted).to(dtype)
-                grad_x[i:i + rows] = p @ w
-                part = p.t() @ xi                            # (V, C)
-                grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
-        ctx.grads = grad_x, grad_w
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        (grad_x, grad_w), ctx.grads = ctx.grads, None        # scaled in place, and so for one backward pass only
-        return grad_x.mul_(grad_loss), grad_w.mul_(grad_loss), None, None, None
-
-
-def token_losses(x, head, targets):
-    """-ln p of each target (N,) int64, float32 and 0 where it is -100, for x (N, C) through the output layer `head`.
-    Without gradients, and without ever holding all logits."""
-    losses = torch.zeros(targets.shape, device=x.device)
-    wanted = (targets >= 0).nonzero().squeeze(1)
-    for rows in wanted.split(max(512, (1 << 24 if x.device.type == 'cpu' else 1 << 28) // head.out_features)):
-        losses[rows] = F.cross_entropy(head(x[rows]).float(), targets[rows], reduction='none')
-    return losses
 
 
 class GPT(nn.Module):
@@ -461,14 +411,6 @@ class GPT(nn.Module):
                 print(f'using Muon: {len(hidden)} tensors, with {sum(p.numel() for p in hidden):,} parameters')
         return optimizers
 
-    def clip_gradient(self, limit):
-        """Scale the gradient down to the norm `limit` if it is longer (0 = never); its norm as it was, a scalar."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if 0 < limit < norm:
-            torch._foreach_mul_(gradients, limit / norm)
-        return norm
-
     # -------------------------------------------------------------------------
     # decoding
 
@@ -489,7 +431,7 @@ class GPT(nn.Module):
         prompt = max(lengths)
         tokens = idx.new_zeros(B, prompt + max_new_tokens)
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
-        for b, length in enumerate(lengths):        # all prompts end in one column; what is before a short one is padding
+        for b, length in enumerate(lengths):        # all prompts end in one column, with padding before short ones
             tokens[b, prompt - length:prompt] = idx[b, :length]
             seen[b, idx[b, :length]] = True
         padding = prompt - torch.tensor(lengths, device=device) if min(lengths) < prompt else None          # (B,)
@@ -533,8 +475,8 @@ class GPT(nn.Module):
 
 
 def unpadded(padding, first, n, cache, block_size):
-    """The arguments of GPT.forward that make rows of columns first to n, the first padding[b] of row b meaningless, what
-    they would be alone: each begins at position 0, and does not see the padding; {} if there is none (None)."""
+    """The arguments of GPT.forward that make the rows of columns first to n, of which the first padding[b] of row b is
+    nothing, what they would be alone: each begins at position 0 and does not see it; {} if padding is None."""
     if padding is None:
         return {}
     begin = padding.clamp(min=n - block_size)[:, None]                          # (B, 1): each row's first column

@@ -4,11 +4,13 @@ Each row of a weight matrix is kept as whole numbers from -127 to 127 and one fl
 row by row as they come. The embedding and the output layer are included, tied ones kept once.
 """
 
+import warnings
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# without VNNI, the sums of two products are kept in 16 bits, and so activations in 7
+# without VNNI the kernel adds two products in 16 bits, into which they fit if activations have 7
 REDUCE_RANGE = not torch.cpu._is_vnni_supported()
 
 
@@ -20,20 +22,22 @@ def quantize_rows(weight):
 
 
 def pack(weight, scale):
-    """The int8 matrix (O, I) with its scales (O,), packed for FBGEMM, or None where this CPU has no such kernel."""
-    if 'fbgemm' not in torch.backends.quantized.supported_engines:
+    """The int8 matrix (O, I) with its scales (O,), as a CPU's kernel wants it, or None where there is none."""
+    engine = next((e for e in ('fbgemm', 'onednn') if e in torch.backends.quantized.supported_engines), None)
+    if engine is None:                          # the float weights are used then
         return None
-    torch.backends.quantized.engine = 'fbgemm'
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
-    return torch.ops.quantized.linear_prepack(
-        torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0), None)
+    torch.backends.quantized.engine = engine
+    with warnings.catch_warnings():             # a later torch will have them no more; it will say so, and not in vain
+        warnings.filterwarnings('ignore', message='.*quantized tensor creation.*')
+        rows = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros_like(scale).long(), 0)
+    return torch.ops.quantized.linear_prepack(rows, None)
 
 
 def int8_product(x, packed):
     """x (N, I) float32, quantized row by row, times the packed matrix (O, I): (N, O) float32."""
     if len(x) == 1:
         return torch.ops.quantized.linear_dynamic(x, packed, REDUCE_RANGE)
-    largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)      # the kernel has one scale for all rows
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)      # for the kernel has one scale for all of x
     return torch.ops.quantized.linear_dynamic(x / largest, packed, REDUCE_RANGE).mul_(largest)
 
 

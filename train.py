@@ -335,7 +335,7 @@ for step in range(start.step, max_steps + 1):
     # 2) clip the gradient
     for o in optimizers:
         scaler.unscale_(o)
-    grad_norm = raw_model.clip_gradient(grad_clip).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf')).item()
     loss, *flags = all_sum([loss_sum.item(), *stop.flags()], here)
     stop.agree(flags)
 

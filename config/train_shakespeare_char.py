@@ -13,6 +13,7 @@ total_batch_size = 0            # 64 * 256 = 16,384 tokens in each process
 n_layer, n_head, n_embd = 6, 6, 384
 dropout = 0.2                   # the text is seen 80 times
 bias = False
+mlp = 'gelu_erf'                # nanoGPT's, and on a CPU four times as fast as GPT-2's own
 
 learning_rate, min_lr = 1e-3, 1e-4
 max_steps = 5000

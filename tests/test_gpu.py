@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import hellaswag
-from model import GPT, PRESETS, GPTConfig, LinearCrossEntropy
+from loss import LinearCrossEntropy
+from model import GPT, PRESETS, GPTConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 

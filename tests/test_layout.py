@@ -49,7 +49,7 @@ def test_scripts_import_configurator_before_what_takes_long_to_load():
         assert next(m for m in found if m.split('.')[0] not in sys.stdlib_module_names) == 'configurator', name
 
 
-@pytest.mark.parametrize('chosen, expected', [({}, '5000'), ({'GOMP_SPINCOUNT': '7'}, '7'),
+@pytest.mark.parametrize('chosen, expected', [({}, '10000'), ({'GOMP_SPINCOUNT': '7'}, '7'),
                                               ({'OMP_WAIT_POLICY': 'active'}, None)])
 def test_how_threads_wait_is_chosen_before_torch_is_loaded_unless_the_user_has(chosen, expected):
     env = {name: value for name, value in os.environ.items() if name not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}

@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from model import GPT, PRESETS, GPTConfig, KVCache, LinearCrossEntropy, apply_rope, rope_table, sample_next
+from loss import LinearCrossEntropy
+from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_table, sample_next
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 SHAPES = {
@@ -216,6 +217,23 @@ def test_prompts_of_different_lengths_in_a_batch_continue_as_each_alone(shape):
         assert together[b] == alone
 
 
+def test_one_prompt_of_several_rows_is_read_once_and_each_row_goes_its_own_way():
+    model = lively(GPTConfig(**SMALL, **SHAPES['llama']))
+    idx, read = torch.randint(61, (1, 9)), []
+    alone = model.generate(idx, 12, temperature=0)
+    model.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
+    assert torch.equal(model.generate(idx.expand(3, -1), 12, temperature=0), alone.expand(3, -1))
+    assert read[:2] == [(1, 9), (3, 1)]
+    assert len(model.generate(idx.expand(8, -1), 4, temperature=2.0).unique(dim=0)) > 1
+
+
+def test_prompts_of_different_lengths_are_read_at_once():
+    model, read = lively(GPTConfig(**SMALL, **SHAPES['gpt2'])), []
+    model.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
+    list(model.stream(torch.randint(61, (2, 9)), [9, 3], 4))
+    assert read == [(2, 9), (2, 1), (2, 1), (2, 1)]
+
+
 def test_the_cache_takes_several_tokens_at_a_time():
     model = lively(GPTConfig(**SMALL, **SHAPES['llama']))
     idx = torch.randint(61, (2, 12))
@@ -259,7 +277,7 @@ def test_isolated_documents_in_a_window_are_as_each_alone(shape, dtype):
 
 
 @pytest.mark.parametrize('masked', [False, True])
-def test_attentions_two_ways_are_one(masked):
+def test_attentions_three_ways_are_one(masked):
     from model import attention
     q, k, v = (torch.randn(2, n, 50, 16, dtype=torch.bfloat16) for n in (4, 2, 2))
     mask = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril() if masked else None
@@ -270,6 +288,9 @@ def test_attentions_two_ways_are_one(masked):
     assert 'Attention' not in plain.grad_fn.name()      # it did go the other way
     for y in (fused, plain):
         assert (y.float() - exact).abs().max() < 0.05
+    with torch.no_grad():
+        last = mask if mask is None else mask[:, :, -1:]
+        assert torch.allclose(attention(q[:, :, -1:].float(), k.float(), v.float(), last), exact[:, :, -1:], atol=1e-5)
 
 
 def test_both_ways_of_attention_drop_as_many_and_scale_up_the_rest():
