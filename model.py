@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loss import LinearCrossEntropy, token_losses
+from muon import Muon
 
 # Shapes by name: `GPTConfig(**PRESETS['gpt2'])`, or `python train.py --preset=gpt2`.
 PRESETS = {
@@ -376,11 +377,10 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', zero=False,
                              verbose=True):
-        """[AdamW], or with optimizer='muon' [AdamW, Muon], Muon (Jordan et al. 2024) for the blocks' matrices.
+        """[AdamW], or with optimizer='muon' [AdamW, Muon], Muon for the blocks' matrices.
 
-        Weight decay is for tensors of two dimensions and more. Muon's update is scaled to AdamW's root mean square
-        (Liu et al. 2025, "Muon is scalable"), so that one learning rate serves both. zero: each process of the group
-        keeps the optimizer's state for its part of the tensors only (ZeRO stage 1, Rajbhandari et al. 2020).
+        Weight decay is for tensors of two dimensions and more. zero: each process of the group keeps the optimizer's
+        state for its part of the tensors only (ZeRO stage 1, Rajbhandari et al. 2020).
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
         decay = {name: p for name, p in params.items() if p.dim() >= 2}
@@ -405,8 +405,7 @@ class GPT(nn.Module):
 
         optimizers = [build(torch.optim.AdamW, groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)]
         if hidden:
-            optimizers.append(build(torch.optim.Muon, hidden, lr=learning_rate, weight_decay=weight_decay,
-                                    adjust_lr_fn='match_rms_adamw'))
+            optimizers.append(build(Muon, hidden, lr=learning_rate, weight_decay=weight_decay))
             if verbose:
                 print(f'using Muon: {len(hidden)} tensors, with {sum(p.numel() for p in hidden):,} parameters')
         return optimizers

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
+import muon
 from loss import LinearCrossEntropy
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_table, sample_next
 
@@ -215,6 +216,26 @@ def test_prompts_of_different_lengths_in_a_batch_continue_as_each_alone(shape):
     for b, n in enumerate(lengths):
         alone = model.generate(idx[b:b + 1, :n], 12, temperature=0)[0, n:].tolist()
         assert together[b] == alone
+
+
+@pytest.mark.parametrize('at_a_time', [1 << 26, 3000])
+def test_muon_is_torchs_muon(at_a_time, monkeypatch):
+    monkeypatch.setattr(muon, 'AT_A_TIME', at_a_time)
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((48, 16), (16, 48), (48, 16), (16, 16), (64, 16), (48, 16))]
+    mine, theirs = ([w.clone().requires_grad_() for w in start] for _ in range(2))
+    optimizers = (muon.Muon(mine, lr=0.02, weight_decay=0.1),
+                  torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn='match_rms_adamw'))
+    for step in range(4):
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = q.grad = torch.randn(p.shape) if step or p is not mine[1] else None    # one has none at first
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, w in zip(mine, theirs, start, strict=True):
+        assert (p - q).abs().max() < 0.02 * (q - w).abs().max()                             # bfloat16
+    states = [o.state_dict() for o in optimizers]
+    assert states[0]['param_groups'] == states[1]['param_groups']
+    assert states[0]['state'].keys() == states[1]['state'].keys()
 
 
 def test_one_prompt_of_several_rows_is_read_once_and_each_row_goes_its_own_way():
