@@ -21,8 +21,8 @@ def quantize_rows(weight):
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
-def pack(weight, scale):
-    """The int8 matrix (O, I) with its scales (O,), as a CPU's kernel wants it, or None where there is none."""
+def pack(weight, scale, bias=None):
+    """The int8 matrix (O, I) with its scales (O,) and a bias, as a CPU's kernel wants it; None where there is none."""
     engine = next((e for e in ('fbgemm', 'onednn') if e in torch.backends.quantized.supported_engines), None)
     if engine is None:                          # the float weights are used then
         return None
@@ -30,15 +30,20 @@ def pack(weight, scale):
     with warnings.catch_warnings():             # a later torch will have them no more; it will say so, and not in vain
         warnings.filterwarnings('ignore', message='.*quantized tensor creation.*')
         rows = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros_like(scale).long(), 0)
-    return torch.ops.quantized.linear_prepack(rows, None)
+    return torch.ops.quantized.linear_prepack(rows, bias)
 
 
-def int8_product(x, packed):
-    """x (N, I) float32, quantized row by row, times the packed matrix (O, I): (N, O) float32."""
+def int8_product(x, packed, bias=None):
+    """x (N, I) float32, quantized row by row, times the packed matrix (O, I), and the bias it was packed with: (N, O)
+    float32."""
+    product = torch.ops.quantized.linear_dynamic.default
     if len(x) == 1:
-        return torch.ops.quantized.linear_dynamic(x, packed, REDUCE_RANGE)
+        return product(x, packed, REDUCE_RANGE)
     largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)      # for the kernel has one scale for all of x
-    return torch.ops.quantized.linear_dynamic(x / largest, packed, REDUCE_RANGE).mul_(largest)
+    y = product(x / largest, packed, REDUCE_RANGE)
+    if bias is None:
+        return y.mul_(largest)
+    return torch.addcmul(torch.addcmul(bias, bias, largest, value=-1), y, largest)      # (y - bias) * largest + bias
 
 
 class Int8Linear(nn.Module):
@@ -55,14 +60,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         if self.packed is None and self.weight is None:
-            self.packed = pack(self.weight_int8, self.scale) if x.device.type == 'cpu' else None
+            self.packed = pack(self.weight_int8, self.scale, self.bias) if x.device.type == 'cpu' else None
             if self.packed is None:
                 self.weight = (self.weight_int8 * self.scale[:, None]).to(x.dtype)
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
-        y = int8_product(x.reshape(-1, x.size(-1)), self.packed)
-        y = y if self.bias is None else y.add_(self.bias)
-        return y.view(*x.shape[:-1], -1)
+        return int8_product(x.reshape(-1, x.size(-1)), self.packed, self.bias).view(*x.shape[:-1], -1)
 
 
 class Int8Embedding(nn.Module):

@@ -298,7 +298,7 @@ def test_isolated_documents_in_a_window_are_as_each_alone(shape, dtype):
 
 
 @pytest.mark.parametrize('masked', [False, True])
-def test_attentions_three_ways_are_one(masked):
+def test_attentions_two_ways_are_one(masked):
     from model import attention
     q, k, v = (torch.randn(2, n, 50, 16, dtype=torch.bfloat16) for n in (4, 2, 2))
     mask = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril() if masked else None
@@ -309,9 +309,6 @@ def test_attentions_three_ways_are_one(masked):
     assert 'Attention' not in plain.grad_fn.name()      # it did go the other way
     for y in (fused, plain):
         assert (y.float() - exact).abs().max() < 0.05
-    with torch.no_grad():
-        last = mask if mask is None else mask[:, :, -1:]
-        assert torch.allclose(attention(q[:, :, -1:].float(), k.float(), v.float(), last), exact[:, :, -1:], atol=1e-5)
 
 
 def test_both_ways_of_attention_drop_as_many_and_scale_up_the_rest():

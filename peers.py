@@ -1,0 +1,128 @@
+"""What bench.py measures against: a plain GPT script, transformers, llama.cpp.
+
+Each contestant is a process of its own, ours too, so that no one's settings help or hinder another. It says when it is
+ready, and then has a turn for every line on standard input, which it answers with what it measured, as JSON.
+Nothing of ours is imported here.
+"""
+
+import json
+import resource
+import sys
+import time
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+
+    def __init__(self, n_head, n_embd):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1, self.ln_2 = (nn.LayerNorm(n_embd, bias=False) for _ in range(2))
+        self.c_attn, self.attn_proj = nn.Linear(n_embd, 3 * n_embd, bias=False), nn.Linear(n_embd, n_embd, bias=False)
+        self.c_fc, self.mlp_proj = nn.Linear(n_embd, 4 * n_embd, bias=False), nn.Linear(4 * n_embd, n_embd, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(self.ln_1(x)).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
+
+
+class PlainGPT(nn.Module):
+    """A GPT as the usual minimal script has it: all logits, no cache."""
+
+    def __init__(self, block_size, vocab_size, n_layer, n_head, n_embd):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
+        self.blocks = nn.Sequential(*[Block(n_head, n_embd) for _ in range(n_layer)])
+        self.ln_f, self.lm_head = nn.LayerNorm(n_embd, bias=False), nn.Linear(n_embd, vocab_size, bias=False)
+        self.wte.weight = self.lm_head.weight
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, idx, targets=None):
+        x = self.ln_f(self.blocks(self.wte(idx) + self.wpe(torch.arange(idx.size(1)))))
+        if targets is None:
+            return self.lm_head(x[:, -1:])
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def serve(turn):
+    """Take turns, the first as a warm-up, until standard input ends: turn() returns a speed, whose unit is its own."""
+    turn()
+    print('ready', flush=True)
+    for _ in sys.stdin:
+        rate = turn()
+        print(json.dumps({'rate': rate, 'gigabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}),
+              flush=True)
+
+
+def timed(work, amount):
+    """A turn: does work() and returns amount / seconds."""
+    def turn():
+        start = time.perf_counter()
+        work()
+        return amount / (time.perf_counter() - start)
+    return turn
+
+
+def plain_training(shape, batch_size, steps):
+    """Tokens a second: float32, AdamW as it comes."""
+    model = PlainGPT(**shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    x, y = torch.randint(shape['vocab_size'], (2, batch_size, shape['block_size']))
+
+    def work():
+        for _ in range(steps):
+            loss = model(x, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
+    return timed(work, steps * x.numel())
+
+
+def plain_hellaswag(shape, questions):
+    """Questions a second, one ending a pass. questions: [(tokens of the context, [tokens of each ending])]."""
+    model = PlainGPT(**shape).eval()
+
+    def work():
+        with torch.no_grad():
+            for context, endings in questions:
+                for ending in endings:
+                    model(torch.tensor([context + ending[:-1]]),
+                          torch.tensor([[-100] * (len(context) - 1) + ending])).item()
+    return timed(work, len(questions))
+
+
+def transformers_decoding(shape, n_prompts, prompt_tokens, new_tokens, dtype):
+    """Tokens a second of greedy decoding with transformers' GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=shape['vocab_size'], n_positions=shape['block_size'], n_layer=shape['n_layer'],
+        n_head=shape['n_head'], n_embd=shape['n_embd'])).eval().to(getattr(torch, dtype))
+    idx = torch.randint(shape['vocab_size'], (n_prompts, prompt_tokens))
+    return timed(lambda: model.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, pad_token_id=0,
+                                        max_new_tokens=new_tokens, min_new_tokens=new_tokens),
+                 n_prompts * new_tokens)
+
+
+def llama_cpp_decoding(gguf, prompt_tokens, new_tokens, threads):
+    """Tokens a second of greedy decoding with llama.cpp (ik-llama-cpp-python) and the weights of a GGUF file."""
+    from ik_llama_cpp import IkLlama
+    model = IkLlama(model_path=gguf, n_threads=threads, n_ctx=512, verbose=False)
+    ids = list(range(100, 100 + prompt_tokens))
+    made = []
+    turn = timed(lambda: made.append(len(model.generate(ids, max_tokens=new_tokens, temperature=0.0))), 1)
+    return lambda: turn() * made[-1]
+
+
+if __name__ == '__main__':
+    kind, arguments = sys.argv[1:]
+    serve(globals()[kind](**json.loads(arguments)))
