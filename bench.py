@@ -161,18 +161,23 @@ def contest(title, unit, contestants, limits=None, turns=turns):
             process = subprocess.Popen([sys.executable, *command], env=environment, text=True, stderr=errors,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             stack.callback(process.kill)
-            running[name] = process
-            if process.stdout.readline() != 'ready\n':
-                process.wait()
-                errors.seek(0)
-                last = (errors.read().strip() or 'it ended').splitlines()[-1]
-                print(f'{title}: without {name}: {last[:200]}')
-                del running[name]
-        for _ in range(turns):
-            for name, process in running.items():
-                print(file=process.stdin, flush=True)
-                figures[name] = loads(process.stdout.readline())
-                rates[name].append(figures[name]['rate'])
+            running[name] = process, errors
+        for turn in range(turns + 1):               # the first, which warms up, begins by itself
+            for name, (process, errors) in list(running.items()):
+                if turn:
+                    print(file=process.stdin, flush=True)
+                line = process.stdout.readline()
+                if not line:
+                    process.wait()
+                    errors.seek(0)
+                    print(f'{title}: without {name}: {(errors.read().strip() or "it ended").splitlines()[-1][:200]}')
+                    del running[name]
+                    figures.pop(name, None)
+                elif turn:
+                    figures[name] = loads(line)
+                    rates[name].append(figures[name]['rate'])
+    if not running:
+        raise UserError(f'{title}: nobody could start')
     base = statistics.median(rates[next(iter(running))])
     for name in running:
         rate = statistics.median(rates[name])
@@ -238,7 +243,7 @@ def memory_side_by_side():
     contestants = {'plain script': peers('plain_training', shape=GPT2, batch_size=4, steps=1),
                    'ours': ours('training', shape={**GPT2, **PLAINLY}, batch_size=4, steps=1, precision=precision)}
     figures = contest('training 124M, 4x1024', 'tokens/s', contestants, turns=1)
-    base = figures['plain script']['gigabytes']
+    base = figures['plain script']['gigabytes'] or 1
     for name, figure in figures.items():
         figure['memory_ratio'] = figure['gigabytes'] / base
         print(f'{"memory of that":22} {name:24} {figure["gigabytes"]:10.2f} GB, {figure["memory_ratio"]:.2f} times')

@@ -6,7 +6,6 @@ Nothing of ours is imported here.
 """
 
 import json
-import resource
 import sys
 import time
 
@@ -57,9 +56,16 @@ def serve(turn):
     turn()
     print('ready', flush=True)
     for _ in sys.stdin:
-        rate = turn()
-        print(json.dumps({'rate': rate, 'gigabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}),
-              flush=True)
+        print(json.dumps({'rate': turn(), 'gigabytes': peak_memory()}), flush=True)
+
+
+def peak_memory():
+    """The most memory that this process has had, in GB; 0 on Windows, which does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
 
 
 def timed(work, amount):

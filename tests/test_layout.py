@@ -31,12 +31,12 @@ def test_imports_make_no_circle():
         TopologicalSorter(graph | {'files': {'checkpoint'}}).prepare()
 
 
-def test_no_module_imports_a_script_but_train_and_the_chinese_evaluation():
+def test_no_module_imports_a_script_but_train_bench_and_the_chinese_evaluation():
     scripts = {name for name, path in FILES.items()
                if name == 'train' or re.search('^if __name__ == ', path.read_text(encoding='utf-8'), re.M)}
     importing = {name: imports(path) & scripts for name, path in FILES.items()}
     assert {name: found for name, found in importing.items() if found} == {
-        'train': {'hellaswag', 'eval_zh', 'sample'}, 'eval_zh': {'sample'}}
+        'train': {'hellaswag', 'eval_zh', 'sample'}, 'eval_zh': {'sample'}, 'bench': {'hellaswag', 'peers'}}
 
 
 def test_scripts_import_configurator_before_what_takes_long_to_load():
