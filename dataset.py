@@ -13,7 +13,6 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from configurator import UserError
 from files import sha256_of, write_text_atomically
@@ -358,9 +357,11 @@ class TokenDataset:
 
         A window's variant is how many tokens later it begins; for masked data, which key orders its documents.
         """
+        import torch        # what only writes tokens, with many workers, need not wait for it to load
+
         T = self.block_size
-        x = torch.zeros(len(numbers), T, dtype=torch.int64)
-        y = torch.full((len(numbers), T), IGNORE, dtype=torch.int64)
+        x = np.zeros((len(numbers), T), np.int64)
+        y = np.full((len(numbers), T), IGNORE, np.int64)
         for b, (number, variant) in enumerate(zip(numbers.tolist(), variants.tolist(), strict=True)):
             if self.masks is None:
                 ranges = [(number * T + variant, (number + 1) * T + variant + 1)]
@@ -372,12 +373,11 @@ class TokenDataset:
                 tokens = self._read(self.shards, start, stop).astype(np.int64)
                 self._check_ids(tokens, self.paths[int(np.searchsorted(self.ends, start, side='right'))])
                 n = len(tokens) - 1
-                x[b, at:at + n] = torch.from_numpy(tokens[:-1])
-                y[b, at:at + n] = torch.from_numpy(tokens[1:])
+                x[b, at:at + n], y[b, at:at + n] = tokens[:-1], tokens[1:]
                 if self.masks is not None:
-                    y[b, at:at + n][torch.from_numpy(self._read(self.masks, start + 1, stop) == 0)] = IGNORE
+                    y[b, at:at + n][self._read(self.masks, start + 1, stop) == 0] = IGNORE
                 at += n
-        return x, y
+        return torch.from_numpy(x), torch.from_numpy(y)
 
     @property
     def windows_per_epoch(self):

@@ -447,7 +447,8 @@ class GPT(nn.Module):
                 if eot is not None:
                     repeated[:, eot] = False        # it stands before every document; ending one is no repetition
                 logits = torch.where(repeated, penalized, logits)
-            if banned := {*suppress, *(suppress_first if n == prompt else ())}:
+            banned = {*suppress, *(suppress_first if n == prompt else ())}
+            if banned:
                 logits = logits.index_fill(1, torch.tensor(sorted(banned), device=device), -math.inf)
             sampled = sample_next(logits, temperature, top_k, top_p, generator)
             tokens[:, n] = sampled
