@@ -272,6 +272,8 @@ def test_death_at_any_operation_of_a_save_leaves_the_old_state_or_the_new(tmp_pa
 
 @pytest.mark.parametrize('numbers', [[signal.SIGTERM] * 2, [signal.SIGHUP], [signal.SIGINT]], ids=str)
 def test_a_signal_in_an_evaluation_is_obeyed_soon_and_one_sent_twice_is_one(place, begun, numbers):
+    if signal.getsignal(numbers[0]) == signal.SIG_IGN:
+        pytest.skip('these tests were started by nohup, which training obeys, too')
     out = f'out/signal{len(numbers)}{int(numbers[0])}'
     script = begun(out, '--eval_interval=0', '--sample_interval=3', '--sample_tokens=1000000', '--num_samples=1',
                    after=2)
