@@ -160,6 +160,7 @@ def contest(title, unit, contestants, limits=None, turns=turns):
             errors = stack.enter_context(tempfile.TemporaryFile('w+', encoding='utf-8'))
             process = subprocess.Popen([sys.executable, *command], env=environment, text=True, stderr=errors,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.callback(process.wait)
             stack.callback(process.kill)
             running[name] = process, errors
         for turn in range(turns + 1):               # the first, which warms up, begins by itself
@@ -243,7 +244,7 @@ def memory_side_by_side():
     contestants = {'plain script': peers('plain_training', shape=GPT2, batch_size=4, steps=1),
                    'ours': ours('training', shape={**GPT2, **PLAINLY}, batch_size=4, steps=1, precision=precision)}
     figures = contest('training 124M, 4x1024', 'tokens/s', contestants, turns=1)
-    base = figures['plain script']['gigabytes'] or 1
+    base = figures.get('plain script', {}).get('gigabytes') or 1       # it may not have found the room
     for name, figure in figures.items():
         figure['memory_ratio'] = figure['gigabytes'] / base
         print(f'{"memory of that":22} {name:24} {figure["gigabytes"]:10.2f} GB, {figure["memory_ratio"]:.2f} times')
@@ -266,7 +267,7 @@ def busy_side_by_side(size):
             name = f'{size}, {"beside one" if together else "alone"}'
             found[name] = contest(name, 'tokens/s', {'plain script': plain, 'ours': command})
     alone, beside = found.values()
-    for name in alone:
+    for name in alone.keys() & beside.keys():
         alone[name]['slowdown'] = alone[name]['rate'] / beside[name]['rate']
         print(f'{"slower beside one":22} {name:24} {alone[name]["slowdown"]:10.2f} times')
     return found

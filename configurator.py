@@ -8,7 +8,7 @@ The names, defaults and comments are read from the script's source, so `--help` 
 Later wins: `python train.py config/a.py config/b.py --learning_rate=1e-3`.
 
 Once this module is imported, errors that a user can put right end the process in a line or two, with status 2. Scripts
-import it before torch, whose threads then wait for each other in a way that leaves room for other programs.
+import it before torch, whose threads then leave room for other programs, and which then keeps memory for the next step.
 """
 
 import ast

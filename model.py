@@ -136,7 +136,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
                                               dropout_p=dropout, enable_gqa=k.size(1) != nh)
     if n_kv_head != nh:
         k, v = (z.repeat_interleave(nh // n_kv_head, dim=1) for z in (k, v))
-    q, k, v = (z.transpose(0, 1).reshape(nh * B, T, hs) for z in (q, k, v))     # as they come: nothing is copied
+    q, k, v = (z.transpose(0, 1).reshape(nh * B, T, hs) for z in (q, k, v))     # without a copy, if it was made before
     if mask is None:
         unseen = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).expand(nh * B, T, T)
     else:

@@ -27,7 +27,7 @@ def pack(weight, scale, bias=None):
     if engine is None:                          # the float weights are used then
         return None
     torch.backends.quantized.engine = engine
-    with warnings.catch_warnings():             # a later torch will have them no more; it will say so, and not in vain
+    with warnings.catch_warnings():             # that a later torch will have no such tensors; requirements.txt knows
         warnings.filterwarnings('ignore', message='.*quantized tensor creation.*')
         rows = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros_like(scale).long(), 0)
     return torch.ops.quantized.linear_prepack(rows, bias)
