@@ -392,6 +392,7 @@ def training_costs():
 
 def main():
     if contestant:
+        pick_device('cpu')                          # as our scripts do, to share it well with others
         function, arguments = loads(contestant)
         return serve({'training': training, 'decoding': decoding, 'answering': answering}[function](**arguments))
     if costs:

@@ -1,6 +1,7 @@
 """Where the numbers are crunched: the device, the dtype, the processes that share the work, and the speed limit."""
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import threading
 import time
 from pathlib import Path
 
@@ -31,7 +33,8 @@ PEAK_TFLOPS = {
 
 
 def pick_device(name='auto', local_rank=0):
-    """The torch device string for `name` (auto, cpu, cuda, cuda:1, mps). Raises UserError if it is not there."""
+    """The torch device string for `name` (auto, cpu, cuda, cuda:1, mps). Raises UserError if it is not there. From then
+    on, a process that computes on the CPU shares it well with others."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == 'auto':              # processes that share the work cannot do so on mps
         name = 'cuda' if cuda else 'mps' if mps and 'LOCAL_RANK' not in os.environ else 'cpu'
@@ -51,7 +54,56 @@ def pick_device(name='auto', local_rank=0):
             raise UserError(f'there is no {name}: this machine has {torch.cuda.device_count()} GPU(s); '
                             'lower --nproc_per_node or choose another device')
         torch.cuda.set_device(index)
+    elif kind == 'cpu':
+        sleep_in_company()
     return name
+
+
+@functools.cache        # once is enough
+def sleep_in_company():
+    """From now on OpenMP's threads sleep while they wait for each other, as long as this process has to share its CPUs.
+
+    Alone they had better spin: they wait for a few microseconds, a hundred thousand times a second. But one that spins
+    may do so on the very CPU that another one needs, who was put aside for another program. libgomp spins next to not
+    at all while it has more threads than CPUs, and idle ones are enough for that (gomp_throttled_spin_count_var in its
+    config/linux/wait.h); so results stay the same to the last bit. Needs Linux, which tells how long a thread has
+    waited; nothing happens elsewhere, or with one thread, which waits for nobody.
+    """
+    n_threads = torch.get_num_threads()
+    if n_threads > 1 and waited_for_cpu():
+        spare = len(os.sched_getaffinity(0)) - n_threads
+        teams = max(0, spare) // (n_threads - 1) + 1        # whose threads are more than the spare CPUs
+        threading.Thread(target=_watch_for_company, args=(teams,), daemon=True).start()
+
+
+def waited_for_cpu():
+    """{thread: nanoseconds that it could have run but had no CPU}, of this process; {} where nobody counts them."""
+    waited = {}
+    with contextlib.suppress(OSError, IndexError):
+        for thread in os.listdir('/proc/self/task'):
+            waited[thread] = int(Path(f'/proc/self/task/{thread}/schedstat').read_text().split()[1])
+    return waited
+
+
+def _watch_for_company(teams, interval=0.5, share=0.1):
+    company, before = None, waited_for_cpu()
+    while True:
+        time.sleep(interval)
+        now = waited_for_cpu()
+        crowded = any(now[t] - before.get(t, now[t]) > share * interval * 1e9 for t in now)
+        before = now
+        if crowded and company is None:
+            company = threading.Event()
+            for _ in range(teams):
+                threading.Thread(target=_keep_a_team, args=(company,), daemon=True).start()
+        elif not crowded and company is not None:
+            company.set()
+            company = None
+
+
+def _keep_a_team(gone):
+    torch.ones(1 << 17).add_(1)         # large enough to be shared: the team of threads stays until this one ends
+    gone.wait()
 
 
 def pick_dtype(name='auto', device='cpu'):

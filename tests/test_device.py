@@ -197,3 +197,55 @@ def test_a_divided_state_is_the_whole_one_to_the_last_bit_there_and_back(tmp_pat
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                            tmp_path / 'zero.py'], text=True, capture_output=True, env={**os.environ})
     assert done.returncode == 0 and done.stdout.count('the same') == 2, done.stderr[-3000:]
+
+
+# Threads that spin 10 million times never sleep here, unless libgomp throttles them.
+COMPANY = '''
+import os, resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+import device
+
+share, waited, clock = 0.0, 0.0, time.monotonic()
+def feigned():
+    global waited, clock
+    now = time.monotonic()
+    waited, clock = waited + share * (now - clock), now
+    return {'1': int(1e9 * waited)}
+device.waited_for_cpu = feigned
+device.pick_device('cpu')
+device.pick_device('cpu')
+x = torch.ones(1 << 17)
+
+def look():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    for _ in range(300):
+        x.add_(1)
+    slept = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+    return len(os.listdir('/proc/self/task')), slept
+seen = [look()]
+for share, expected in ((0.3, 2), (0.0, 0)):
+    deadline = time.monotonic() + 60
+    while len(os.listdir('/proc/self/task')) != seen[0][0] + expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen.append(look())
+print(*sum(seen, ()), x[0].item())
+'''
+
+
+@pytest.mark.skipif(not device.waited_for_cpu(), reason='nobody counts how long a thread waits')
+def test_threads_sleep_at_barriers_in_company_and_spin_alone():
+    done = subprocess.run([sys.executable, '-c', COMPANY, str(ROOT)], text=True, capture_output=True, timeout=200,
+                          env={**os.environ, 'OMP_NUM_THREADS': '2', 'GOMP_SPINCOUNT': '10000000'})
+    assert done.returncode == 0, done.stderr
+    threads, slept, more, often, fewer, again, total = map(float, done.stdout.split())
+    assert more == threads + 2 and fewer == threads and total == 901
+    assert often > 100 > 10 * max(slept, again), done.stdout
+
+
+def test_one_thread_waits_for_nobody_and_needs_no_watch():
+    code = 'import sys, threading; sys.path.insert(0, sys.argv[1]); import device; device.pick_device("cpu"); ' \
+           'print(threading.active_count())'
+    done = subprocess.run([sys.executable, '-c', code, str(ROOT)], text=True, capture_output=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.stdout == '1\n', done.stderr
