@@ -362,7 +362,7 @@ def training_bytes(shape):
     in bfloat16; copies of weights, which do not grow with the batch, cancel out.
     """
     def of_a_sequence(n_layer):
-        return saved_bytes(shape, n_layer, 2) - saved_bytes(shape, n_layer, 1)
+        return saved_bytes(shape, n_layer, 4) - saved_bytes(shape, n_layer, 3)      # so many are made twice
 
     one, two = of_a_sequence(1), of_a_sequence(2)
     with torch.device('meta'):

@@ -31,15 +31,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             xi, target = x[i:i + rows], targets[i:i + rows, None]
             wanted = target >= 0
             target = target.clamp(min=0)
-            logp = F.log_softmax((xi @ w.t()).float(), dim=-1)                      # (n, V)
-            loss = loss - (logp.gather(1, target) * wanted).sum()
+            p = F.log_softmax((xi @ w.t()).float(), dim=-1)                         # (n, V), logarithms still
+            loss = loss - (p.gather(1, target) * wanted).sum()
             if with_grad:
-                p = logp.exp_()                              # softmax, (n, V)
-                p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+                p.exp_().scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
                 p = p.mul_(wanted).to(dtype)
                 grad_x[i:i + rows] = p @ w
                 part = p.t() @ xi                            # (V, C)
                 grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
+            p = part = None                                  # before the next are made
         ctx.grads = grad_x, grad_w
         return loss
 

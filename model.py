@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from loss import LinearCrossEntropy, token_losses
 from muon import Muon
@@ -25,6 +26,8 @@ PRESETS = {
     'char': dict(n_layer=6, n_head=6, n_embd=384, block_size=256),               # 11M with 65 characters
     'teaching': dict(n_layer=4, n_head=4, n_embd=256, block_size=128, norm='rmsnorm', position='rope', mlp='silu'),
 }
+
+LARGE = 1 << 21     # tokens of a batch times channels, from which on activations are rather made twice than kept
 
 # What stands between the two matrices of the MLP, and whether it is gated: half of the first product, through the
 # function, then multiplies the other half.
@@ -146,6 +149,15 @@ def attention(q, k, v, mask=None, dropout=0.0):
     return (F.dropout(scores.softmax(dim=-1), dropout) @ v).view(nh, B, T, hs).transpose(0, 1)
 
 
+def product_of(function, linear, x):
+    """linear(function(x)), for a cheap function. In a large batch, what the function made is not kept for the backward
+    pass, but made again there: a third less memory for some hundredths more time. (torch.compile decides by itself.)"""
+    size = x.numel() // x.size(-1) * min(linear.weight.shape)
+    if size < LARGE or not x.requires_grad or torch.compiler.is_compiling():
+        return linear(function(x))
+    return checkpoint(lambda x: linear(function(x)), x, use_reentrant=False, preserve_rng_state=False)
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config, layer):
@@ -158,10 +170,10 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, cache=None, mask=None):
+    def forward(self, x, norm, rope=None, cache=None, mask=None):
         B, T, C = x.shape
         n_head, n_kv_head, hs = self.config.n_head, self.config.n_kv_head, self.head_size
-        heads = self.c_attn(x).view(B, T, n_head + 2 * n_kv_head, hs).permute(2, 0, 1, 3)
+        heads = product_of(norm, self.c_attn, x).view(B, T, n_head + 2 * n_kv_head, hs).permute(2, 0, 1, 3)
         if x.device.type == 'cpu' and x.requires_grad:
             heads = heads.contiguous()                       # one copy here saves three of them in attention()
         q, k, v = heads.split([n_head, n_kv_head, n_kv_head])                   # (nh or n_kv_head, B, T, hs)
@@ -191,16 +203,17 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        function, gated = MLPS[self.kind]
-        x = self.c_fc(x)                                     # (B, T, n_inner), twice that if gated
-        if gated:
-            gate, up = x.chunk(2, dim=-1)
-            x = function(gate) * up
-        else:
-            x = function(x)
-        x = self.c_proj(x)
+    def forward(self, x, norm):
+        x = product_of(norm, self.c_fc, x)                   # (B, T, n_inner), twice that if gated
+        x = product_of(self.activation, self.c_proj, x)
         return self.dropout(x) if self.training else x
+
+    def activation(self, x):
+        function, gated = MLPS[self.kind]
+        if not gated:
+            return function(x)
+        gate, up = x.chunk(2, dim=-1)
+        return function(gate) * up
 
 
 class Block(nn.Module):
@@ -213,8 +226,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope=None, cache=None, mask=None):
-        x = x + self.attn(self.ln_1(x), rope, cache, mask)
-        x = x + self.mlp(self.ln_2(x))
+        x = x + self.attn(x, self.ln_1, rope, cache, mask)
+        x = x + self.mlp(x, self.ln_2)
         return x
 
 

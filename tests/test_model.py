@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
+import model
 import muon
 from loss import LinearCrossEntropy
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_table, sample_next
@@ -128,6 +129,26 @@ def test_gradients_in_float16_are_summed_over_few_enough_rows_not_to_overflow():
     x, weight = torch.full((60_000, 2), 5.0, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
     LinearCrossEntropy.apply(x, weight, torch.zeros(60_000, dtype=torch.int64), torch.float16, True).backward()
     assert weight.grad.tolist() == [[-150_000] * 2, [150_000] * 2]      # softmax is a half; float16 ends at 65,504
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_activations_made_twice_give_the_gradients_of_those_kept(shape, dtype, monkeypatch):
+    gpt = GPT(GPTConfig(**{**SMALL, **SHAPES[shape]}, dropout=0.1)).train()
+    x, y = torch.randint(61, (2, 3, 16))
+    found = {}
+    for large in (1 << 40, 1):
+        monkeypatch.setattr(model, 'LARGE', large)
+        gpt.zero_grad()
+        torch.manual_seed(1)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), \
+                torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            gpt(x, y)[1].backward()
+        found[large] = [p.grad.clone() for p in gpt.parameters()], sum({t.data_ptr(): t.nbytes for t in kept}.values())
+    (plain, all_kept), (again, fewer) = found.values()
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert fewer < 0.8 * all_kept
 
 
 @pytest.mark.parametrize('shape', SHAPES)
