@@ -81,7 +81,7 @@ def waited_for_cpu():
     waited = {}
     with contextlib.suppress(OSError, IndexError):
         for thread in os.listdir('/proc/self/task'):
-            waited[thread] = int(Path(f'/proc/self/task/{thread}/schedstat').read_text().split()[1])
+            waited[thread] = int(Path(f'/proc/self/task/{thread}/schedstat').read_text(encoding='utf-8').split()[1])
     return waited
 
 

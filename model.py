@@ -114,11 +114,10 @@ class KVCache:
         """Put k, v (B, n_kv_head, T, hs) behind what is there; return all of this layer's keys and values."""
         if self.layers[layer] is None:
             self.layers[layer] = k.new_empty(self.shape), v.new_empty(self.shape)
-        keys, values = self.layers[layer]
-        end = self.length + k.size(2)                       # if all rows are alike, B may be 1 here
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
-        return keys[:len(k), :, :end], values[:len(k), :, :end]
+        T = k.size(2)                                       # if all rows are alike, B may be 1 here
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept.narrow(2, self.length, T).copy_(new)
+        return [kept.narrow(2, 0, self.length + T).narrow(0, 0, len(k)) for kept in self.layers[layer]]
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
@@ -152,8 +151,8 @@ def attention(q, k, v, mask=None, dropout=0.0):
 def product_of(function, linear, x):
     """linear(function(x)), for a cheap function. In a large batch, what the function made is not kept for the backward
     pass, but made again there: a third less memory for some hundredths more time. (torch.compile decides by itself.)"""
-    size = x.numel() // x.size(-1) * min(linear.weight.shape)
-    if size < LARGE or not x.requires_grad or torch.compiler.is_compiling():
+    if (not x.requires_grad or torch.compiler.is_compiling()
+            or x.numel() // x.size(-1) * min(linear.weight.shape) < LARGE):
         return linear(function(x))
     return checkpoint(lambda x: linear(function(x)), x, use_reentrant=False, preserve_rng_state=False)
 
@@ -188,7 +187,7 @@ class CausalSelfAttention(nn.Module):
             if 1 < T < k.size(2):   # several new tokens behind cached ones: each sees the cache and its own past
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         y = attention(q, k, v, mask, self.config.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)     # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)               # heads side by side again
         y = self.c_proj(y)
         return self.resid_dropout(y) if self.training else y       # a call of nothing takes its time, too
 

@@ -34,16 +34,14 @@ def pack(weight, scale, bias=None):
 
 
 def int8_product(x, packed, bias=None):
-    """x (N, I) float32, quantized row by row, times the packed matrix (O, I), and the bias it was packed with: (N, O)
-    float32."""
+    """x (..., I) float32, quantized row by row, times the packed matrix (O, I), and the bias it was packed with:
+    (..., O) float32."""
     product = torch.ops.quantized.linear_dynamic.default
-    if len(x) == 1:
+    if x.numel() == x.size(-1):
         return product(x, packed, REDUCE_RANGE)
-    largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)      # for the kernel has one scale for all of x
-    y = product(x / largest, packed, REDUCE_RANGE)
-    if bias is None:
-        return y.mul_(largest)
-    return torch.addcmul(torch.addcmul(bias, bias, largest, value=-1), y, largest)      # (y - bias) * largest + bias
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+    y = product(x / largest, packed, REDUCE_RANGE)          # for the kernel has one scale for all of x
+    return y.mul_(largest) if bias is None else torch.lerp(bias, y, largest)        # (y - bias) * largest + bias
 
 
 class Int8Linear(nn.Module):
@@ -65,7 +63,7 @@ class Int8Linear(nn.Module):
                 self.weight = (self.weight_int8 * self.scale[:, None]).to(x.dtype)
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
-        return int8_product(x.reshape(-1, x.size(-1)), self.packed, self.bias).view(*x.shape[:-1], -1)
+        return int8_product(x, self.packed, self.bias)
 
 
 class Int8Embedding(nn.Module):

@@ -1,6 +1,6 @@
 # GPT-2 large (774M) on FineWeb-Edu, 10B tokens.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_large.py
-# 8 x H100 80 GB: about 4.6 hours at 40% MFU, 45 GB on each GPU (estimates: python bench.py --costs). OpenAI's weights
+# 8 x H100 80 GB: about 4.6 hours at 40% MFU, 37 GB on each GPU (estimates: python bench.py --costs). OpenAI's weights
 # have HellaSwag 0.4320; what 10B tokens reach has not been measured here.
 include('train_gpt2.py')        # all of it, but for:
 

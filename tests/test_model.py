@@ -142,7 +142,7 @@ def test_activations_made_twice_give_the_gradients_of_those_kept(shape, dtype, m
         gpt.zero_grad()
         torch.manual_seed(1)
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), \
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t), \
                 torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
             gpt(x, y)[1].backward()
         found[large] = [p.grad.clone() for p in gpt.parameters()], sum({t.data_ptr(): t.nbytes for t in kept}.values())
