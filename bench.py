@@ -3,6 +3,7 @@
     python bench.py --what=train                    the same model and batch, in a plain GPT script and here
     python bench.py --what=decode                   GPT-2 124M in transformers and here; --gguf=FILE: llama.cpp, too
     python bench.py --what=hellaswag                questions a second, one ending a pass, and here
+    python bench.py --what=tokenize                 100 MB of text to GPT-2's tokens on disk, in a plain pool, and here
     python bench.py --what=memory                   the most memory that a step of GPT-2 124M needs, of 4 x 1,024 tokens
     python bench.py --what=busy                     a training step beside another program that keeps a core busy
     python bench.py --what=all --json=figures.json
@@ -27,6 +28,7 @@ import tempfile
 from contextlib import ExitStack
 from json import dumps, loads
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from configurator import UserError, configure       # first: from here on, Ctrl-C is quiet
 
@@ -37,11 +39,11 @@ from checkpoint import build_model, pick_checkpoint
 from device import DTYPES, PEAK_TFLOPS, autocast, peak_flops, pick_compile, pick_device, pick_dtype
 from files import write_text_atomically
 from model import GPT, PRESETS, GPTConfig, for_any_shape
-from peers import serve, timed
+from peers import run_to_its_end, serve, timed
 from quantize import to_int8
 
 # -----------------------------------------------------------------------------
-what = ''                   # train, decode, hellaswag, memory, busy, or all, side by side; '' = ours alone
+what = ''                   # train, decode, hellaswag, tokenize, memory, busy, or all, side by side; '' = ours alone
 json = ''                   # also write the figures to this file
 sizes = '0.8M,3.4M,10.6M,124M'      # the models of train and busy
 gguf = ''                   # a GGUF file of a model like SmolLM2-135M, for llama.cpp (ik-llama-cpp-python) to decode
@@ -64,7 +66,7 @@ mfu = 0.4                   # the part of the GPU's peak that is reached; 0.4 is
 memory = 80e9               # bytes of the GPU's memory
 contestant = ''             # what this process is, when bench.py starts itself
 config = configure(globals(), negative=False, at_least={'new_tokens': 1, 'turns': 1}, one_of={
-    'preset': PRESETS, 'what': ('', 'train', 'decode', 'hellaswag', 'memory', 'busy', 'all')})
+    'preset': PRESETS, 'what': ('', 'train', 'decode', 'hellaswag', 'tokenize', 'memory', 'busy', 'all')})
 # -----------------------------------------------------------------------------
 
 # the models of train and busy, as the plain script knows them too; sequences in a step; steps in a turn
@@ -133,6 +135,15 @@ def answering(shape, questions, precision):
         with autocast('cpu', precision):
             hellaswag.evaluate(model, asked)
     return timed(work, len(asked))
+
+
+def tokenizing(path, workers):
+    """Megabytes a second from a .jsonl file to shards on disk."""
+    def work():
+        with tempfile.TemporaryDirectory() as folder:
+            run_to_its_end([sys.executable, str(Path(__file__).with_name('fineweb.py')), f'--input={path}',
+                            f'--out={folder}/made', f'--workers={workers}'])
+    return timed(work, Path(path).stat().st_size / 1e6)
 
 
 # -----------------------------------------------------------------------------
@@ -237,6 +248,18 @@ def hellaswag_side_by_side():
     contestants |= {f'ours, {kind}': ours('answering', shape=GPT2, questions=questions, precision=kind)
                     for kind in dict.fromkeys(['float32', pick_dtype(dtype, 'cpu')])}
     return contest('HellaSwag 124M', 'questions/s', contestants)
+
+
+def tokenize_side_by_side(megabytes=100):
+    text, n = '\n'.join(topics.values()), threads or os.cpu_count()        # Python's own help texts, over and over
+    documents = [dumps({'text': text[i:i + 3500]}) for i in range(0, len(text), 3500)]      # as long as a web page
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'texts.jsonl')
+        path.write_text('\n'.join(documents * (1 + int(1e6 * megabytes) // len(text))), encoding='utf-8')
+        contestants = {f'{k} at a time in a pool': peers('plain_tokenizing', path=str(path), workers=n, at_a_time=k)
+                       for k in (1, 16)}
+        contestants['ours'] = ours('tokenizing', path=str(path), workers=n)
+        return contest('tokenizing 100 MB', 'MB/s', contestants)
 
 
 def memory_side_by_side():
@@ -394,7 +417,8 @@ def main():
     if contestant:
         pick_device('cpu')                          # as our scripts do, to share it well with others
         function, arguments = loads(contestant)
-        return serve({'training': training, 'decoding': decoding, 'answering': answering}[function](**arguments))
+        kinds = {'training': training, 'decoding': decoding, 'answering': answering, 'tokenizing': tokenizing}
+        return serve(kinds[function](**arguments))
     if costs:
         return training_costs()
     chosen = [size.strip() for size in sizes.split(',')]
@@ -419,6 +443,7 @@ def main():
         'hellaswag': hellaswag_side_by_side,
         'memory': memory_side_by_side,
         'busy': lambda: {size: busy_side_by_side(size) for size in chosen},
+        'tokenize': tokenize_side_by_side,
     }
     figures = {name: run() for name, run in contests.items() if what in (name, 'all')}
     if json:

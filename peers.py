@@ -6,8 +6,11 @@ Nothing of ours is imported here.
 """
 
 import json
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -77,6 +80,12 @@ def timed(work, amount):
     return turn
 
 
+def run_to_its_end(command):
+    done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+
+
 def plain_training(shape, batch_size, steps):
     """Tokens a second: float32, AdamW as it comes."""
     model = PlainGPT(**shape)
@@ -105,6 +114,38 @@ def plain_hellaswag(shape, questions):
                     model(torch.tensor([context + ending[:-1]]),
                           torch.tensor([[-100] * (len(context) - 1) + ending])).item()
     return timed(work, len(questions))
+
+
+# build-nanogpt's way, which took documents out of a downloaded data set, 16 at a time
+PLAIN_TOKENIZING = '''
+import json, multiprocessing, sys
+import numpy as np, tiktoken
+
+encoding = tiktoken.get_encoding('gpt2')
+
+def tokenize(line):
+    tokens = np.array([encoding.eot_token] + encoding.encode_ordinary(json.loads(line)['text']))
+    assert (0 <= tokens).all() and (tokens < 2 ** 16).all()
+    return tokens.astype(np.uint16)
+
+if __name__ == '__main__':
+    path, out, workers, at_a_time = sys.argv[1:]
+    shard, count = np.empty(100_000_000, dtype=np.uint16), 0
+    with multiprocessing.Pool(int(workers)) as pool, open(path, encoding='utf-8') as lines:
+        for tokens in pool.imap(tokenize, lines, chunksize=int(at_a_time)):
+            shard[count:count + len(tokens)] = tokens
+            count += len(tokens)
+    np.save(out, shard[:count])
+'''
+
+
+def plain_tokenizing(path, workers, at_a_time):
+    """Megabytes a second from a .jsonl file to a shard on disk, by a pool that is given `at_a_time` documents."""
+    folder = tempfile.TemporaryDirectory()
+    script = Path(folder.name, 'tokenize_plainly.py')
+    script.write_text(PLAIN_TOKENIZING, encoding='utf-8')
+    command = [sys.executable, str(script), path, str(script.with_suffix('.npy')), str(workers), str(at_a_time)]
+    return timed(lambda: folder and run_to_its_end(command), Path(path).stat().st_size / 1e6)
 
 
 def transformers_decoding(shape, n_prompts, prompt_tokens, new_tokens, dtype):
