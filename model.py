@@ -316,8 +316,8 @@ class GPT(nn.Module):
             with torch.no_grad():
                 return token_losses(x, self.lm_head, wanted).view(B, T)
         dtype = self._dtype(x)
-        if x.device.type == 'cpu' and not torch.compiler.is_compiling():     # rows that nothing is asked of cost time
-            x, wanted = x[wanted >= 0], wanted[wanted >= 0]
+        if x.device.type == 'cpu' and not torch.compiler.is_compiling() and (wanted < 0).any():
+            x, wanted = x[wanted >= 0], wanted[wanted >= 0]                  # rows that nothing is asked of cost time
         with torch.autocast(x.device.type, enabled=False):
             if torch.compiler.is_compiling():       # which fuses this, so that the logits are in memory in `dtype` only
                 logits = (x.to(dtype) @ self.lm_head.weight.to(dtype).t()).float()
