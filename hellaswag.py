@@ -6,7 +6,8 @@
 
 Each question is a context and four endings, one of them right. The model never sees them as a choice: the ending that
 it finds the likeliest continuation is its answer. acc compares the losses of whole endings, acc_norm the losses per
-token; acc_norm is the number usually quoted (GPT-2 124M: 0.2955).
+token, as build-nanogpt, llm.c and nanochat do (GPT-2 124M: 0.2955). The acc_norm of lm-evaluation-harness, which
+leaderboards quote, compares losses per character (0.3114).
 """
 
 import json
@@ -179,13 +180,19 @@ def smallest(losses):
 
 
 def count(answers, questions):
-    """(right by acc_norm, right by acc, how many)."""
-    return (sum(smallest(a.means) == questions[a.index].label for a in answers),
-            sum(smallest(a.sums) == questions[a.index].label for a in answers), len(answers))
+    """(right by the loss per token, right by all of it, right by the loss per character, how many)."""
+    right = [0, 0, 0]
+    for answer in answers:
+        question = questions[answer.index]
+        texts = question.text['endings']
+        per_character = [loss / max(1, len(text)) for loss, text in zip(answer.sums, texts, strict=True)]
+        for i, losses in enumerate((answer.means, answer.sums, per_character)):
+            right[i] += smallest(losses) == question.label
+    return *right, len(answers)
 
 
 def count_right(model, questions, *, rank=0, world_size=1, should_stop=None):
-    """(right by acc_norm, right by acc, answered) for this process's share; what train.py asks during training."""
+    """What count() says of this process's share; what train.py asks during training."""
     return count(evaluate(model, questions, rank=rank, world_size=world_size, should_stop=should_stop), questions)
 
 
@@ -216,9 +223,11 @@ def main():
                       f'{answer.means[k]:8.4f}{" ←"[k == by_mean]} {ending}')
         if show:
             print('✔ the right ending, with its loss in nats, whole and per token; ← the smallest, which is chosen')
-        right_norm, right, n = count(answers, questions)
+        right_norm, right, right_by_character, n = count(answers, questions)
         print(f'{description}: {n} questions in {seconds:.1f} s')
         print(f'acc: {right}/{n}={right / n:.4f} | acc_norm: {right_norm}/{n}={right_norm / n:.4f}')
+        print(f'acc_norm per character, as lm-evaluation-harness has it: {right_by_character}/{n}='
+              f'{right_by_character / n:.4f}')
         print(f'HellaSwag accuracy: {right_norm}/{n}={right_norm / n:.4f}')
     leave_distributed()
 

@@ -9,6 +9,7 @@ Every tokenizer has
     encode(text)    -> list[int]; text that looks like a special token is text
     encode_batch(texts) -> list[list[int]], on all cores
     decode(ids)     -> str; the end-of-text token decodes to nothing
+    token_bytes()   -> list[int]: how many bytes of UTF-8 each id stands for, 0 for special tokens
     state()         -> dict of strings: all of it, for a checkpoint or tokenizer.json; from_state() is the way back
     fingerprint     SHA-256 of state(), in hex
 """
@@ -17,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -53,6 +55,9 @@ class CharTokenizer:
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids if i != self.eot)
 
+    def token_bytes(self):
+        return [len(c.encode()) for c in self.chars] + [0] * (self.eot is not None)
+
     def state(self):
         return {'kind': 'char', 'chars': self.chars, 'eot': '' if self.eot is None else END_OF_TEXT}
 
@@ -86,6 +91,14 @@ class BPETokenizer:
 
     def decode(self, ids):
         return self.bpe.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self):
+        special = {i for i, token in self.bpe.get_added_tokens_decoder().items() if token.special}
+        tokens = [self.bpe.id_to_token(i) or '' for i in range(self.vocab_size)]
+        # a byte-level BPE writes each byte as a character; a SentencePiece, spaces as ▁ and lone bytes as <0x0A>
+        by_byte = '"ByteLevel"' in self.text
+        return [0 if i in special else len(token) if by_byte else 1 if re.fullmatch('<0x..>', token) else
+                len(token.replace('▁', ' ').encode()) for i, token in enumerate(tokens)]
 
     def state(self):
         return {'kind': 'bpe', 'tokenizer.json': self.text}
@@ -133,6 +146,9 @@ class GPT2Tokenizer:
 
     def decode(self, ids):
         return self.bpe.decode([i for i in ids if i != self.eot])
+
+    def token_bytes(self):
+        return [0 if i == self.eot else len(self.bpe.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
 
     def state(self):
         return {'kind': 'gpt2'}

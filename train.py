@@ -149,6 +149,7 @@ if world_size > 1:
     model.broadcast_buffers = False             # the tables of rope are the same everywhere
 
 # 5) what is asked of it on the way
+token_bytes = torch.tensor(tokenizer.token_bytes())
 if sample_interval:
     tokenizer.encode(sample_prompt)             # a character that it does not have is better found now than later
 if zh_eval_interval:
@@ -190,14 +191,16 @@ def evaluating():
 
 
 def estimate_loss():
-    """The mean loss over fixed windows of the validation split, their work divided over the processes."""
-    loss_sum, targets = 0.0, 0
+    """The mean loss over fixed windows of the validation split, their work divided over the processes, and what it
+    comes to in bits per byte of text, which compares models with different tokenizers."""
+    loss_sum, targets, n_bytes = 0.0, 0, 0
     with evaluating():
         for x, y in itertools.takewhile(lambda _: not stop.number, val_data.eval_batches(eval_iters)):
             loss_sum += raw_model(x.to(here), y.to(here), reduction='sum')[1].item()
             targets += int((y >= 0).sum())
-    loss_sum, targets = all_sum([loss_sum, targets], here)
-    return loss_sum / max(1, targets)
+            n_bytes += int(token_bytes[y[y >= 0]].sum())
+    loss_sum, targets, n_bytes = all_sum([loss_sum, targets, n_bytes], here)
+    return loss_sum / max(1, targets), loss_sum / math.log(2) / max(1, n_bytes)
 
 
 def accuracy(evaluation, *questions):
@@ -267,7 +270,7 @@ stop.listen()
 time_to_finish = TimeToFinish()
 peak = peak_flops(here, precision) * world_size
 start_time = time.perf_counter()
-best_val_loss = start.best_val_loss
+best_val_loss, best_bits = start.best_val_loss, None        # the loss, and if it is of this process, in bits per byte
 untrained_loss = math.inf                       # what a model is worth that has learned nothing, if it was evaluated
 skipped = 0                                     # steps in a row whose loss or gradient was not finite
 diverging = False                               # whether that is more than float16 finding its scale
@@ -281,14 +284,14 @@ for step in range(start.step, max_steps + 1):
     evaluated = last_step or (eval_interval > 0 and step % eval_interval == 0)
     with suppress(Stopped):
         if evaluated:
-            val_loss = estimate_loss()
+            val_loss, bits = estimate_loss()
             ppl = math.exp(min(val_loss, 700))
-            say(f'validation loss: {val_loss:.4f} | ppl: {ppl:.2f}')
-            log_metrics(step, val_loss=val_loss, ppl=ppl)
+            say(f'validation loss: {val_loss:.4f} | ppl: {ppl:.2f} | bits per byte: {bits:.4f}')
+            log_metrics(step, val_loss=val_loss, ppl=ppl, bits_per_byte=bits)
             if step == 0:
                 untrained_loss = val_loss
             elif val_loss < best_val_loss and not diverging:        # what is not saved is not the best, either
-                best_val_loss = val_loss
+                best_val_loss, best_bits = val_loss, bits
                 names.append(BEST)
         if due(hellaswag_interval):
             right, total = accuracy(hellaswag, hellaswag_questions)
@@ -376,6 +379,7 @@ for step in range(start.step, max_steps + 1):
 
 saver.finish()
 best = f', best validation loss: {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
+best += f' ({best_bits:.4f} bits per byte)' if best_bits is not None else ''
 say(f'total time: {elapsed() / 60:.2f} minutes{best}, checkpoints in {out_dir}')
 log_metrics.close()
 if rank == 0:

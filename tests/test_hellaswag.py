@@ -173,7 +173,12 @@ def test_the_script_chooses_what_a_plain_loop_over_transformers_chooses(asked, p
         assert [v for pair in ours for v in pair] == pytest.approx([v for pair in theirs for v in pair], abs=2e-4)
     by_sum, by_mean = (sum(pair[which] == int(row['label']) for pair, row in zip(choices_of(plain), rows, strict=True))
                        for which in (0, 1))
-    *_, described, both, last = done.stdout.splitlines()
+    *_, described, both, third, last = done.stdout.splitlines()
+    per_character = [[float(whole) / len(text) for (whole, _), text in zip(pairs, row['endings'], strict=True)]
+                     for pairs, row in zip(plain, rows, strict=True)]
+    right = sum(min(range(4), key=p.__getitem__) == int(row['label'])
+                for p, row in zip(per_character, rows, strict=True))
+    assert third == f'acc_norm per character, as lm-evaluation-harness has it: {right}/{n}={right / n:.4f}'
     assert re.fullmatch(rf'checkpoint\.pt: step 7 \(cpu, float32\): {n} questions in \d+\.\d s', described)
     assert both == f'acc: {by_sum}/{n}={by_sum / n:.4f} | acc_norm: {by_mean}/{n}={by_mean / n:.4f}'
     assert last == f'HellaSwag accuracy: {by_mean}/{n}={by_mean / n:.4f}'
@@ -250,10 +255,11 @@ def test_equal_endings_count_for_the_first():
     assert smallest([2.0, 1.0, 1.0, 3.0]) == 1 and tokenizer.vocab_size == 4
 
 
-def test_acc_norm_goes_by_the_loss_per_token_and_acc_by_all_of_it():
-    questions = [hellaswag.Question((0,), ((1,),) * 4, label, {}) for label in (3, 3, 0)]
-    answers = [hellaswag.Answer(i, [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]) for i in range(3)]
-    assert count(answers, questions) == (2, 1, 3)           # (right by acc_norm, right by acc, answered)
+def test_acc_norm_goes_by_the_loss_per_token_or_character_and_acc_by_all_of_it():
+    text = {'endings': ['a', 'bb' * 20, 'c', 'd']}
+    questions = [hellaswag.Question((0,), ((1,),) * 4, label, text) for label in (3, 3, 0, 1)]
+    answers = [hellaswag.Answer(i, [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]) for i in range(4)]
+    assert count(answers, questions) == (2, 1, 1, 4)        # right per token, whole, per character; answered
 
 
 def test_it_runs_within_training_and_in_lower_precision():

@@ -69,6 +69,26 @@ def test_end_of_text_decodes_to_nothing(any_tokenizer):
     assert any_tokenizer.decode([eot, *ids, eot, *ids]) == 'one twoone two'
 
 
+def test_each_token_stands_for_its_bytes(any_tokenizer):
+    sizes = any_tokenizer.token_bytes()
+    assert len(sizes) == any_tokenizer.vocab_size and sizes[any_tokenizer.eot] == 0
+    for text in TEXTS:
+        assert sum(sizes[i] for i in any_tokenizer.encode(text)) == len(text.encode())
+
+
+def test_a_sentencepieces_tokens_stand_for_bytes_too():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    vocab = {'<s>': 0, '▁': 1, '床': 2, '▁a': 3, 'a': 4, **{f'<0x{i:02X}>': 5 + i for i in range(256)}}
+    bpe = Tokenizer(models.BPE(vocab, [('▁', 'a')], byte_fallback=True))
+    bpe.add_special_tokens(['<s>'])
+    bpe.normalizer, bpe.decoder = normalizers.Replace(' ', '▁'), decoders.Replace('▁', ' ')
+    tokenizer = from_state({'kind': 'bpe', 'tokenizer.json': bpe.to_str()})
+    sizes = tokenizer.token_bytes()
+    for text in (' a床', 'a aé  床\n'):
+        assert sum(sizes[i] for i in tokenizer.encode(text)) == len(text.encode())
+    assert sizes[0] == 0
+
+
 def test_the_empty_string_has_no_tokens(any_tokenizer):
     assert any_tokenizer.encode('') == []
     assert any_tokenizer.decode([]) == ''

@@ -128,7 +128,8 @@ def test_the_log_is_in_the_stable_format_and_agrees_with_metrics_and_tensorboard
                  r'=> calculated gradient accumulation steps: 1', r'found 1 shards for split train',
                  r'num decayed parameter tensors: 10, with [\d,]+ parameters',
                  r'num non-decayed parameter tensors: 18, with [\d,]+ parameters', r'using fused AdamW: True',
-                 r'validation loss: \d\.\d{4} \| ppl: \d+\.\d\d',
+                 r'validation loss: \d\.\d{4} \| ppl: \d+\.\d\d \| bits per byte: \d\.\d{4}',
+                 r'total time: .* minutes, best validation loss: \d\.\d{4} \(\d\.\d{4} bits per byte\), .*',
                  r'[\d,]+ parameters \| 128 tokens per step \| .* epochs',
                  r'sample 1: .*', r'estimated time to finish: .*']:
         assert re.search(f'^{line}$', out, re.M), line
@@ -141,6 +142,8 @@ def test_the_log_is_in_the_stable_format_and_agrees_with_metrics_and_tensorboard
         assert m.keys() == {'step', 'loss', 'lr', 'norm', 'dt_ms', 'tok_per_sec', 'mfu', 'tokens', 'elapsed_s'}
     assert [m['step'] for m in metrics(place, 'out/log') if 'val_loss' in m] == [0, 6, 12]
     assert all(m['ppl'] == pytest.approx(math.exp(m['val_loss'])) for m in metrics(place, 'out/log') if 'ppl' in m)
+    for m in metrics(place, 'out/log'):         # this text is ASCII, and its tokenizer one of characters
+        assert 'val_loss' not in m or m['bits_per_byte'] == pytest.approx(m['val_loss'] / math.log(2))
     assert sorted(p.name for p in (place / 'out/log').glob('checkpoint_iter_*')) == [
         'checkpoint_iter_10.pt', 'checkpoint_iter_12.pt']
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
