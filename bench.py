@@ -6,6 +6,7 @@
     python bench.py --what=tokenize                 100 MB of text to GPT-2's tokens on disk, in a plain pool, and here
     python bench.py --what=memory                   the most memory that a step of GPT-2 124M needs, of 4 x 1,024 tokens
     python bench.py --what=busy                     a training step beside another program that keeps a core busy
+    python bench.py --what=shakespeare              nanoGPT's recipe for a CPU to its loss, in a plain script, and here
     python bench.py --what=all --json=figures.json
     python bench.py --device=cuda                   ours alone: the largest batch that fits, decoding in each precision
     python bench.py --preset=gpt2                   ours alone on a CPU: decoding, in float32, bfloat16 and int8
@@ -36,6 +37,7 @@ import torch
 
 import hellaswag
 from checkpoint import build_model, pick_checkpoint
+from dataset import find_dataset
 from device import DTYPES, PEAK_TFLOPS, autocast, peak_flops, pick_compile, pick_device, pick_dtype
 from files import write_text_atomically
 from model import GPT, PRESETS, GPTConfig, for_any_shape
@@ -43,7 +45,7 @@ from peers import run_to_its_end, serve, timed
 from quantize import to_int8
 
 # -----------------------------------------------------------------------------
-what = ''                   # train, decode, hellaswag, tokenize, memory, busy, or all, side by side; '' = ours alone
+what = ''                   # train, decode, hellaswag, memory, busy, tokenize, shakespeare, or all; '' = ours alone
 json = ''                   # also write the figures to this file
 sizes = '0.8M,3.4M,10.6M,124M'      # the models of train and busy
 gguf = ''                   # a GGUF file of a model like SmolLM2-135M, for llama.cpp (ik-llama-cpp-python) to decode
@@ -66,7 +68,8 @@ mfu = 0.4                   # the part of the GPU's peak that is reached; 0.4 is
 memory = 80e9               # bytes of the GPU's memory
 contestant = ''             # what this process is, when bench.py starts itself
 config = configure(globals(), negative=False, at_least={'new_tokens': 1, 'turns': 1}, one_of={
-    'preset': PRESETS, 'what': ('', 'train', 'decode', 'hellaswag', 'tokenize', 'memory', 'busy', 'all')})
+    'preset': PRESETS,
+    'what': ('', 'train', 'decode', 'hellaswag', 'memory', 'busy', 'tokenize', 'shakespeare', 'all')})
 # -----------------------------------------------------------------------------
 
 # the models of train and busy, as the plain script knows them too; sequences in a step; steps in a turn
@@ -76,6 +79,7 @@ SIZES = {
     '10.6M': (dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 16, 2),
     '124M': (dict(n_layer=12, n_head=12, n_embd=768, block_size=256, vocab_size=50304), 2, 1),
 }
+SHAKESPEARE_STEPS = 360     # of train_shakespeare_char_cpu.py, to nanoGPT's loss on a CPU
 KINDS = {'float32': 4, 'bfloat16': 2, 'int8': 1}     # bytes of a weight
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
 SMOLLM2 = dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536, block_size=2048, vocab_size=49152,
@@ -144,6 +148,20 @@ def tokenizing(path, workers):
             run_to_its_end([sys.executable, str(Path(__file__).with_name('fineweb.py')), f'--input={path}',
                             f'--out={folder}/made', f'--workers={workers}'])
     return timed(work, Path(path).stat().st_size / 1e6)
+
+
+def shakespeare(folder, steps):
+    """Times an hour that the recipe for a CPU, cut to `steps`, reaches nanoGPT's loss there, start-up not counted."""
+    def turn():
+        with tempfile.TemporaryDirectory() as out:
+            run_to_its_end([sys.executable, str(Path(__file__).with_name('train.py')),
+                            str(Path(__file__).parent / 'config/train_shakespeare_char_cpu.py'), f'--dataset={folder}',
+                            f'--out_dir={out}/run', f'--max_steps={steps}', '--eval_interval=0', '--log_interval=1'])
+            rows = [loads(line) for line in Path(out, 'run/metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+        if rows[-1]['val_loss'] > 1.8857:
+            raise SystemExit(f'it only came to {rows[-1]["val_loss"]:.4f}')
+        return 3600 / rows[-2]['elapsed_s']
+    return turn
 
 
 # -----------------------------------------------------------------------------
@@ -260,6 +278,13 @@ def tokenize_side_by_side(megabytes=100):
                        for k in (1, 16)}
         contestants['ours'] = ours('tokenizing', path=str(path), workers=n)
         return contest('tokenizing 100 MB', 'MB/s', contestants)
+
+
+def shakespeare_side_by_side():
+    folder = str(find_dataset('shakespeare_char').resolve())
+    return contest('Shakespeare to 1.8857', 'runs/hour', {
+        "nanoGPT's recipe, plain": peers('plain_shakespeare', folder=folder),
+        'ours': ours('shakespeare', folder=folder, steps=SHAKESPEARE_STEPS)})
 
 
 def memory_side_by_side():
@@ -417,7 +442,7 @@ def main():
     if contestant:
         pick_device('cpu')                          # as our scripts do, to share it well with others
         function, arguments = loads(contestant)
-        kinds = {'training': training, 'decoding': decoding, 'answering': answering, 'tokenizing': tokenizing}
+        kinds = {f.__name__: f for f in (training, decoding, answering, tokenizing, shakespeare)}
         return serve(kinds[function](**arguments))
     if costs:
         return training_costs()
@@ -444,10 +469,14 @@ def main():
         'memory': memory_side_by_side,
         'busy': lambda: {size: busy_side_by_side(size) for size in chosen},
         'tokenize': tokenize_side_by_side,
+        'shakespeare': shakespeare_side_by_side,
     }
-    figures = {name: run() for name, run in contests.items() if what in (name, 'all')}
-    if json:
-        write_text_atomically(Path(json), dumps(figures, indent=1))
+    figures = {}
+    for name, run in contests.items():
+        if what in (name, 'all'):
+            figures[name] = run()
+            if json:
+                write_text_atomically(Path(json), dumps(figures, indent=1))
 
 
 if __name__ == '__main__':

@@ -115,7 +115,7 @@ class KVCache:
         if self.layers[layer] is None:
             self.layers[layer] = k.new_empty(self.shape), v.new_empty(self.shape)
         T = k.size(2)                                       # if all rows are alike, B may be 1 here
-        for kept, new in zip(self.layers[layer], (k, v)):
+        for kept, new in zip(self.layers[layer], (k, v), strict=True):
             kept.narrow(2, self.length, T).copy_(new)
         return [kept.narrow(2, 0, self.length + T).narrow(0, 0, len(k)) for kept in self.layers[layer]]
 

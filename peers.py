@@ -6,6 +6,7 @@ Nothing of ours is imported here.
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,35 @@ def plain_training(shape, batch_size, steps):
             optimizer.zero_grad(set_to_none=True)
             loss.item()
     return timed(work, steps * x.numel())
+
+
+def plain_shakespeare(folder):
+    """Times an hour that nanoGPT's recipe for a CPU reaches the loss that it ends with, near 1.8857; the tokens are
+    the 16-bit numbers behind the first 1,024 bytes of `folder`'s train.bin and val.bin."""
+    train, val = (torch.from_file(str(Path(folder, name)), size=Path(folder, name).stat().st_size // 2,
+                                  dtype=torch.uint16)[512:].long() for name in ('train.bin', 'val.bin'))
+    T, steps = 64, 2000
+
+    def work():
+        torch.manual_seed(1337)
+        model = PlainGPT(n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=65)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+        for step in range(steps):
+            at = (step - 100) / (steps - 100)
+            optimizer.param_groups[0]['lr'] = (1e-3 * (step + 1) / 100 if at < 0 else
+                                               1e-4 + 0.45e-3 * (1 + math.cos(math.pi * at)))
+            starts = torch.randint(len(train) - T, (12,)).tolist()
+            x, y = (torch.stack([train[i + k:i + k + T] for i in starts]) for k in (0, 1))
+            loss = model(x, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            x, y = (val[k:len(val) - T + k][:(len(val) - T) // T * T].view(-1, T).split(64) for k in (0, 1))
+            losses = [model(a, b) for a, b in zip(x, y, strict=True)]
+        print(f'validation loss: {sum(losses) / len(losses):.4f}', file=sys.stderr)
+    return timed(work, 3600)
 
 
 def plain_hellaswag(shape, questions):
