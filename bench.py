@@ -79,7 +79,7 @@ SIZES = {
     '10.6M': (dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 16, 2),
     '124M': (dict(n_layer=12, n_head=12, n_embd=768, block_size=256, vocab_size=50304), 2, 1),
 }
-SHAKESPEARE_STEPS = 360     # of train_shakespeare_char_cpu.py, to nanoGPT's loss on a CPU
+SHAKESPEARE_STEPS = 185     # of train_shakespeare_char_cpu.py, to nanoGPT's loss on a CPU
 KINDS = {'float32': 4, 'bfloat16': 2, 'int8': 1}     # bytes of a weight
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
 SMOLLM2 = dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536, block_size=2048, vocab_size=49152,

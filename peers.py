@@ -106,14 +106,15 @@ def plain_training(shape, batch_size, steps):
 
 def plain_shakespeare(folder):
     """Times an hour that nanoGPT's recipe for a CPU reaches the loss that it ends with, near 1.8857; the tokens are
-    the 16-bit numbers behind the first 1,024 bytes of `folder`'s train.bin and val.bin."""
-    train, val = (torch.from_file(str(Path(folder, name)), size=Path(folder, name).stat().st_size // 2,
-                                  dtype=torch.uint16)[512:].long() for name in ('train.bin', 'val.bin'))
+    the 16-bit numbers behind the first 1,024 bytes of `folder`'s train*.bin and val*.bin."""
+    files = [next(Path(folder).glob(pattern)) for pattern in ('train*.bin', 'val*.bin')]
+    train, val = (torch.from_file(str(file), size=file.stat().st_size // 2, dtype=torch.uint16)[512:].long()
+                  for file in files)
     T, steps = 64, 2000
 
     def work():
         torch.manual_seed(1337)
-        model = PlainGPT(n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=65)
+        model = PlainGPT(n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=66)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
         for step in range(steps):
             at = (step - 100) / (steps - 100)
