@@ -95,7 +95,7 @@ def test_a_diverged_run_keeps_its_good_checkpoints_and_its_advice_works(place):
     assert 'start again: --init_from=scratch,\nwith a lower --learning_rate' in done.stderr     # it never was any good
     done = train(place, 'out/high', '--init_from=scratch', '--norm=rmsnorm', '--max_steps=30')
     assert done.returncode == 0, done.stderr
-    assert float(re.search(r'best validation loss: (\S+) \\(\S+ bits per byte\\),', done.stdout)[1]) < 5
+    assert float(re.search(r'best validation loss: (\S+) \(\S+ bits per byte\),', done.stdout)[1]) < 5
 
 
 @pytest.mark.parametrize('what', ['rate', 'weight'])
