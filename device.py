@@ -63,8 +63,8 @@ def pick_device(name='auto', local_rank=0):
 def sleep_in_company():
     """From now on OpenMP's threads sleep while they wait for each other, as long as this process has to share its CPUs.
 
-    Alone they had better spin: they wait for a few microseconds, a hundred thousand times a second. But one that spins
-    may do so on the very CPU that another one needs, who was put aside for another program. libgomp spins next to not
+    Alone they had better spin: they wait for a few microseconds, ten thousand times a second. But one that spins may do
+    so on the very CPU that another one needs, which was put aside for another program. libgomp spins next to not
     at all while it has more threads than CPUs, and idle ones are enough for that (gomp_throttled_spin_count_var in its
     config/linux/wait.h); so results stay the same to the last bit. Needs Linux, which tells how long a thread has
     waited; nothing happens elsewhere, or with one thread, which waits for nobody.
