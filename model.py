@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loss import LinearCrossEntropy, token_losses
 from muon import Muon
+from quantize import Int8Linear
 
 # Shapes by name: `GPTConfig(**PRESETS['gpt2'])`, or `python train.py --preset=gpt2`.
 PRESETS = {
@@ -103,17 +104,18 @@ def apply_rope(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, in room taken once: per layer two (B, n_kv_head, max_length, hs)."""
+    """Keys and values of the tokens so far, in room taken once: per layer two (B, n_kv_head, max_length, hs).
+    dtype: what they are kept in, and attention is computed in; None = as they come."""
 
-    def __init__(self, config, batch_size, max_length):
-        self.shape = (batch_size, config.n_kv_head, max_length, config.n_embd // config.n_head)
+    def __init__(self, config, batch_size, max_length, dtype=None):
+        self.shape, self.dtype = (batch_size, config.n_kv_head, max_length, config.n_embd // config.n_head), dtype
         self.layers = [None] * config.n_layer
         self.length = 0             # tokens already there; GPT.forward moves it on after the last layer
 
     def extend(self, layer, k, v):
         """Put k, v (B, n_kv_head, T, hs) behind what is there; return all of this layer's keys and values."""
         if self.layers[layer] is None:
-            self.layers[layer] = k.new_empty(self.shape), v.new_empty(self.shape)
+            self.layers[layer] = [k.new_empty(self.shape, dtype=self.dtype or k.dtype) for _ in 'kv']
         T = k.size(2)                                       # if all rows are alike, B may be 1 here
         for kept, new in zip(self.layers[layer], (k, v), strict=True):
             kept.narrow(2, self.length, T).copy_(new)
@@ -184,10 +186,11 @@ class CausalSelfAttention(nn.Module):
 
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+            q = q.to(k.dtype)
             if 1 < T < k.size(2):   # several new tokens behind cached ones: each sees the cache and its own past
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         y = attention(q, k, v, mask, self.config.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)               # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)   # heads side by side again
         y = self.c_proj(y)
         return self.resid_dropout(y) if self.training else y       # a call of nothing takes its time, too
 
@@ -443,7 +446,9 @@ class GPT(nn.Module):
             seen[b, idx[b, :length]] = True
         padding = prompt - torch.tensor(lengths, device=device) if min(lengths) < prompt else None          # (B,)
         alike = bool((tokens[:, :prompt] == tokens[:1, :prompt]).all()) and padding is None
-        cache = KVCache(self.config, B, min(prompt + max_new_tokens, block_size)) if use_cache else None
+        room = min(prompt + max_new_tokens, block_size)
+        kept = torch.bfloat16 if isinstance(self.lm_head, Int8Linear) else None     # beside int8 weights: half as much
+        cache = KVCache(self.config, B, room, kept) if use_cache else None
         done = torch.zeros(B, dtype=torch.bool, device=device)
 
         for n in range(prompt, prompt + max_new_tokens):        # columns that are known

@@ -6,7 +6,7 @@ import torch
 
 import quantize
 from checkpoint import build_model, load_checkpoint, save_checkpoint
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, PRESETS, GPTConfig, KVCache
 from quantize import Int8Linear, quantize_rows, to_int8
 from scripts import run
 from tokenizer import train_bpe
@@ -55,6 +55,23 @@ def test_the_distribution_over_next_tokens_is_nearly_the_same(shape):
         exact = model(idx)[0]
         small = to_int8(model)(idx)[0]
     assert ((small - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_keys_and_values_kept_in_bfloat16_change_little(shape, monkeypatch):
+    torch.manual_seed(0)
+    model = to_int8(GPT(GPTConfig(vocab_size=512, **SHAPES[shape])))
+    idx = torch.randint(512, (2, 40))
+    cache = KVCache(model.config, 2, 40, torch.bfloat16)
+    with torch.no_grad():
+        parts = [model(part, cache=cache)[0] for part in idx.split([20, 1, 19], dim=1)]
+        exact = model(idx)[0]
+    assert cache.layers[0][0].dtype == torch.bfloat16 and parts[0].dtype == torch.float32
+    assert ((torch.cat(parts, dim=1) - exact).norm() / exact.norm()) < 0.02
+    made = []
+    monkeypatch.setattr('model.KVCache', lambda *args: made.append(args[3]) or KVCache(*args))
+    model.generate(idx, 2)
+    assert made == [torch.bfloat16]
 
 
 @pytest.mark.parametrize('shape', SHAPES)
