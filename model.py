@@ -320,7 +320,10 @@ class GPT(nn.Module):
                 return token_losses(x, self.lm_head, wanted).view(B, T)
         dtype = self._dtype(x)
         if x.device.type == 'cpu' and not torch.compiler.is_compiling() and (wanted < 0).any():
-            x, wanted = x[wanted >= 0], wanted[wanted >= 0]                  # rows that nothing is asked of cost time
+            # rows that nothing is asked of cost time; but each new number of rows does, too, and memory: oneDNN makes,
+            # and keeps, a product for it. So it is a multiple of 256
+            asked = (wanted < 0).sort(stable=True).indices[:256 * math.ceil(int((wanted >= 0).sum()) / 256)]
+            x, wanted = x[asked], wanted[asked]
         with torch.autocast(x.device.type, enabled=False):
             if torch.compiler.is_compiling():       # which fuses this, so that the logits are in memory in `dtype` only
                 logits = (x.to(dtype) @ self.lm_head.weight.to(dtype).t()).float()
