@@ -213,7 +213,7 @@ def train_bpe(texts, vocab_size, single_han=False):
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if single_han:
-        alone = pre_tokenizers.Split(Regex('[\\u3400-\\u9fff\\U00020000-\\U0003ffff]'), 'isolated')
+        alone = pre_tokenizers.Split(Regex(r'[\u3400-\u9fff\x{20000}-\x{3ffff}]'), 'isolated')
         words = pre_tokenizers.Sequence([alone, words])
     # the time that training takes grows with the square of a word's length: there, no word is longer than this
     short = pre_tokenizers.Split(Regex('\\S{1000}|\\s{1000}'), 'isolated')

@@ -207,3 +207,10 @@ def test_without_gpt2_files_the_error_says_what_to_do(tmp_path):
                           env={**env, **nowhere, 'TIKTOKEN_CACHE_DIR': str(tmp_path)}, timeout=60).stdout
     assert 'TIKTOKEN_CACHE_DIR' in said and '--tokenizer' in said
     assert len(said.strip().splitlines()) <= 3
+
+
+def test_single_han_keeps_characters_apart_and_nothing_else():
+    text = 'softmax HTTP 1234 猫狗\U00020000\U00020001 '
+    bpe = train_bpe([text * 200], 400, single_han=True)
+    assert [bpe.decode([i]) for i in bpe.encode(text)] == [
+        'softmax', ' HTTP', ' 1234', ' ', '猫', '狗', '\U00020000', '\U00020001', ' ']
