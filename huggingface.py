@@ -351,8 +351,9 @@ def tokenizer_files(tokenizer, start, block_size, template):
                 'bos_token': bpe.id_to_token(start[0]) if start else end, 'eos_token': end,
                 'clean_up_tokenization_spaces': False}
     if template:
-        before, _, behind = template.partition('{prompt}')
-        settings['chat_template'] = (f"{{{{ {json.dumps(before)} + messages[-1]['content'] + {json.dumps(behind)} }}}}")
+        before, behind = (json.dumps(part, ensure_ascii=False) for part in template.split('{prompt}', 1))
+        bos = 'bos_token + ' if start else ''       # for nothing is put before what a template has made
+        settings['chat_template'] = f"{{{{ {bos}{before} + messages[-1]['content'] + {behind} }}}}"
     return {'tokenizer.json': bpe.to_str(), 'tokenizer_config.json': json.dumps(settings, indent=2) + '\n'}
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
+from tokenizers import Tokenizer
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast,
+                          Qwen2Config)
 
 from checkpoint import load_for_use, pick_checkpoint, save_checkpoint
 from configurator import UserError
 from hub import Hub
-from huggingface import Unsupported, is_published, load_published, read_config, same_model, save_folder
+from huggingface import (Unsupported, is_published, load_published, read_config, same_model, save_folder,
+                         tokenizer_files)
 from model import GPT, GPTConfig
 from sample import generate_texts
 from scripts import ROOT, run
@@ -296,6 +299,15 @@ def test_the_exported_gpt2_tokenizer_is_tiktokens(text, tmp_path_factory):
 
 
 _folders = {}
+
+
+@pytest.mark.parametrize('start', [True, False])
+def test_a_chat_asks_as_in_training(start, bpe):
+    files = tokenizer_files(bpe, bpe.start * start, 64, 'Q: {prompt}\n"A": ')
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(files['tokenizer.json']),
+                                     **json.loads(files['tokenizer_config.json']))
+    ids = theirs.apply_chat_template([{'role': 'user', 'content': 'the class?'}], tokenize=True)['input_ids']
+    assert ids == bpe.start * start + bpe.encode('Q: the class?\n"A": ')
 
 
 def gpt2_folder(factory):
