@@ -45,7 +45,7 @@ def write_atomically(path, write):
         why = e if isinstance(e, OSError) else e.__context__    # torch.save hides a full disk behind its own
         if not isinstance(why, OSError):
             raise
-        raise UserError(f'cannot write {path}: {why.strerror}; what was there before is untouched') from None
+        raise UserError(f'cannot write {path}: {why.strerror or why}; what was there before is untouched') from None
 
 
 def replace(tmp, path):
