@@ -2,14 +2,19 @@
 
     python export.py --init_from=out/zh --format=int8
     python export.py --init_from=out/gpt2 --format=hf --out=my-gpt2 [--push=user/name]
+    python export.py --init_from=out/gpt2 --format=gguf [--gguf_type=f16]
 
 int8: a checkpoint about a quarter as large, which sample.py and eval_zh.py load as any other and which decodes faster
 on a CPU. It holds weights only, each matrix as int8 with a scale for every row, and cannot be trained further.
 hf: a folder that `transformers` loads with no code of ours: GPT-2 shapes as GPT2LMHeadModel, Llama-class shapes as
 LlamaForCausalLM, with the tokenizer and a model card. The way back: --init_from=FOLDER.
+gguf: a file with all of it, of the same shapes, that llama.cpp, Ollama and what else is built on them run and serve.
 """
 
+import json
 import os
+import re
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,17 +25,24 @@ import torch
 from checkpoint import build_model, pick_checkpoint, tokenizer_of
 from download import offline
 from files import write_atomically
-from huggingface import save_folder
+from huggingface import Unsupported, export_tensors, family_of, save_folder, tokenizer_files
 from quantize import to_int8
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint, a published model, or a folder; auto = out_dir, or the newest run in it
 out_dir = 'out'             # where runs are
-format = 'int8'             # int8 or hf
-out = ''                    # what to write; '' = int8.pt, or the folder hf, beside the checkpoint
+format = 'int8'             # int8, hf or gguf
+gguf_type = 'q8_0'          # for gguf, what its matrices are kept in: f32, f16 or q8_0
+out = ''                    # what to write; '' = int8.pt, the folder hf, or q8_0.gguf, beside the checkpoint
 push = ''                   # for hf: upload the folder to this user/name on the Hugging Face hub, too
-config = configure(globals(), one_of={'format': ('int8', 'hf')})
+config = configure(globals(), one_of={'format': ('int8', 'hf', 'gguf'), 'gguf_type': ('f32', 'f16', 'q8_0')})
 # -----------------------------------------------------------------------------
+
+# How words are cut, by the regular expressions or types in a tokenizer.json, and what llama.cpp calls the same
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+         r"\s+(?!\S)|\s+")
+WORDS = {('ByteLevel',): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm', (QWEN2,): 'qwen2',
+         (QWEN2.replace(r'|\p{N}|', r'|\p{N}{1,3}|'),): 'llama-bpe'}
 
 
 def export_int8(path, checkpoint, target):
@@ -52,6 +64,111 @@ def export_hf(path, checkpoint, target):
     save_folder(target, asdict(model.config), model.state_dict(), tokenizer, tokenizer.start,
                 checkpoint.get('template', ''), model_card(path, checkpoint, model))
     print(f'{target}: {model.num_params():,} parameters, for AutoModelForCausalLM.from_pretrained({str(target)!r})')
+
+
+def export_gguf(path, checkpoint, target):
+    try:
+        import gguf
+    except ImportError:
+        raise UserError('GGUF files are written by a package that is not here: pip install gguf') from None
+    model, tokenizer = build_model(checkpoint, path), tokenizer_of(checkpoint, path)
+    args, n_vocab, source = asdict(model.config), tokenizer.vocab_size, Path(path)
+    family = family_of(args, 'architecture of llama.cpp', mlps=('gelu',))
+    if n_vocab > args['vocab_size']:
+        raise UserError(f'{path} has a tokenizer of {n_vocab:,} ids and a model of {args["vocab_size"]:,}: they do not '
+                        'belong together; use another checkpoint')
+    writer = gguf.GGUFWriter(None, family)
+    describe_tokenizer(writer, tokenizer, args['block_size'], checkpoint.get('template', ''))
+    writer.add_name((source.parent if source.suffix == '.pt' else source).name)
+    writer.add_type('model')
+    writer.add_file_type(gguf.LlamaFileType[f'{"ALL" if gguf_type == "f32" else "MOSTLY"}_{gguf_type.upper()}'])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(n_vocab)
+    writer.add_context_length(args['block_size'])
+    writer.add_block_count(args['n_layer'])
+    writer.add_embedding_length(args['n_embd'])
+    writer.add_feed_forward_length(args['n_inner'])
+    writer.add_head_count(args['n_head'])
+    writer.add_head_count_kv(args['n_kv_head'])
+    if family == 'gpt2':
+        writer.add_layer_norm_eps(args['norm_eps'])
+    else:
+        writer.add_layer_norm_rms_eps(args['norm_eps'])
+        writer.add_rope_freq_base(args['rope_theta'])
+        writer.add_rope_dimension_count(args['n_embd'] // args['n_head'])
+    for name, tensor in gguf_tensors(model.state_dict(), args, family, n_vocab):
+        kind = 'f32' if tensor.dim() == 1 or name == 'position_embd.weight' else gguf_type
+        if kind == 'q8_0' and tensor.size(1) % 32:          # which are the blocks that have a scale each
+            kind = 'f16'
+        kind = gguf.GGMLQuantizationType[kind.upper()]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), kind), raw_dtype=kind)
+
+    def write(f):
+        with closing(writer):
+            writer.write_header_to_file(Path(f.name))
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+
+    write_atomically(target, write)
+    print(f'{target}: {model.num_params():,} parameters, {target.stat().st_size / 1e6:.2f} MB, for llama.cpp')
+
+
+def gguf_tensors(weights, args, family, n_vocab):
+    """Yields (name, tensor), as llama.cpp has them, for our state_dict: without the rows of the vocabulary's padding,
+    which it would sample like others."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+    names = get_tensor_name_map(MODEL_ARCH[family.upper()], args['n_layer'])
+    half = args['n_embd'] // args['n_head'] // 2
+    for theirs, tensor in export_tensors(weights, args).items():
+        name = names.get_name(theirs, try_suffixes=('.weight', '.bias'))
+        if family == 'gpt2' and '.h.' in theirs:            # transformers has these the other way round
+            tensor = tensor.t()
+        if family == 'llama' and ('attn_q.' in name or 'attn_k.' in name):
+            # of each head, channels i and i + hs/2 are turned together here, 2i and 2i + 1 there
+            tensor = tensor.view(-1, 2, half, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        yield name, tensor[:n_vocab] if name in ('token_embd.weight', 'output.weight') else tensor
+
+
+def describe_tokenizer(writer, tokenizer, block_size, template):
+    """Put the tokenizer, and the template of questions, into the head of a GGUF file. Raises Unsupported."""
+    from gguf import TokenType
+    from tokenizers import Regex, pre_tokenizers
+    # without a template of its own, a page to chat on would make up one
+    files = tokenizer_files(tokenizer, tokenizer.start, block_size, template or '{prompt}')
+    spec = json.loads(files['tokenizer.json'])
+    if (spec['decoder'] or {}).get('type') != 'ByteLevel' or tokenizer.eot is None:
+        raise Unsupported(f'a tokenizer of the kind {tokenizer.kind!r} is exported only if it is a byte-level BPE with '
+                          'an end-of-text token;\nprepare the data with --tokenizer=bpe or gpt2 for such an export')
+    words = spec['pre_tokenizer'] or {}
+    words = [next(iter(cut['pattern'].values())) if cut['type'] == 'Split' else
+             cut['type'] + '?' * (cut.get('add_prefix_space', False) or not cut.get('individual_digits', True))
+             for cut in words.get('pretokenizers', [words] if words else []) if cut.get('use_regex', True)]
+    alone = None
+    if words[1:] and re.fullmatch(r'\[[^][]+]', words[0]):     # some characters are kept by themselves
+        alone = pre_tokenizers.Split(Regex(words.pop(0)), 'removed')
+    added = {token['id']: token for token in spec['added_tokens']}
+    texts = {i: text for text, i in spec['model']['vocab'].items()} | {i: t['content'] for i, t in added.items()}
+    tokens, types = [], []
+    for i in range(tokenizer.vocab_size):
+        tokens.append(texts.get(i, f'[PAD{i}]'))
+        types.append(TokenType.NORMAL if i in texts else TokenType.UNUSED)
+        if i in added:
+            types[i] = TokenType.CONTROL if added[i]['special'] else TokenType.USER_DEFINED
+        elif alone and len(char := tokenizer.decode([i])) == 1 and not alone.pre_tokenize_str(char):
+            tokens[i], types[i] = char, TokenType.USER_DEFINED      # which are found before words are cut
+    writer.add_tokenizer_model('gpt2')
+    writer.add_tokenizer_pre(WORDS.get(tuple(words), 'gpt-2'))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([m if isinstance(m, str) else ' '.join(m) for m in spec['model']['merges']])
+    writer.add_bos_token_id(tokenizer.start[0] if tokenizer.start else tokenizer.eot)
+    writer.add_eos_token_id(tokenizer.eot)
+    writer.add_add_bos_token(bool(tokenizer.start))
+    writer.add_chat_template(json.loads(files['tokenizer_config.json'])['chat_template'])
+    if tuple(words) not in WORDS or spec['normalizer']:
+        print("note: llama.cpp has no name for the way in which this tokenizer cuts words, and may cut some otherwise")
+    elif alone:
+        print('note: several blanks before a character that has no token of its own may be other tokens in llama.cpp')
 
 
 def model_card(path, checkpoint, model):
@@ -106,11 +223,13 @@ def main():
     if checkpoint.get('quantized'):
         raise UserError(f'{path} is {checkpoint["quantized"]} already; export from the checkpoint it was made of')
     beside = Path(out_dir) if not Path(path).exists() else Path(path) if Path(path).is_dir() else Path(path).parent
-    target = Path(out) if out else beside / ('int8.pt' if format == 'int8' else 'hf')
+    target = Path(out) if out else beside / {'int8': 'int8.pt', 'hf': 'hf', 'gguf': f'{gguf_type}.gguf'}[format]
     if not target.parent.is_dir():
         raise UserError(f'there is no folder for out={str(target)!r}; make it first')
     if format == 'int8':
         export_int8(path, checkpoint, target)
+    elif format == 'gguf':
+        export_gguf(path, checkpoint, target)
     else:
         export_hf(path, checkpoint, target)
         if push:

@@ -162,11 +162,12 @@ def read_config(config, where='config.json'):
         raise UserError(f'{where} has no {e}; is it the whole file?') from None
 
 
-def family_of(args):
+def family_of(args, has='class of transformers', mlps=('gelu', 'gelu_erf', 'silu', 'relu2')):
     """'gpt2', 'llama' or 'qwen2': the class of `transformers` that has the shape `args`, a whole GPTConfig as a dict.
-    Raises Unsupported, naming the switch that none has."""
+    Raises Unsupported, naming the switch that none has. has, mlps: for what else goes by these names, and what it has
+    between the matrices of a GPT-2."""
     def refuse(switch, instead):
-        raise Unsupported(f'{switch}={args[switch]!r} cannot be exported: no class of transformers has it with the '
+        raise Unsupported(f'{switch}={args[switch]!r} cannot be exported: no {has} has it with the '
                           f'other switches of this model;\ntrain with {switch}={instead} for such an export')
 
     if args['qk_norm']:
@@ -175,7 +176,7 @@ def family_of(args):
         for switch, value in {'position': 'learned', 'bias': True, 'n_kv_head': args['n_head']}.items():
             if args[switch] != value:
                 refuse(switch, value)
-        if args['mlp'] not in GPT2_ACTIVATIONS.values():
+        if args['mlp'] not in mlps:
             refuse('mlp', 'gelu')
         return 'gpt2'
     for switch, value in {'norm': 'rmsnorm', 'position': 'rope', 'mlp': 'swiglu'}.items():
