@@ -1,9 +1,15 @@
 """The Chinese questions and answers: the data, their preparation, what is trained on, and how they are answered."""
 
+import atexit
+import functools
 import importlib.util
+import itertools
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,19 +17,52 @@ import torch
 from hub import Hub
 
 from checkpoint import build_model, load_checkpoint, tokenizer_of
-from dataset import TokenDataset, dataset_tokenizer, find_dataset, read_meta
-from eval_zh import UNKNOWN, count, evaluate, load_questions
+from dataset import TokenDataset, dataset_tokenizer, read_meta
+from eval_zh import SETS, as_question, count, evaluate, load_questions
 from model import GPT, GPTConfig
-from sample import begins_badly, generate_texts, normalize_question, not_first
+from sample import begins_badly, conversation, generate_texts, normalize_question, not_first
 from scripts import ROOT, run
 from tokenizer import train_bpe
 
 DATA = ROOT / 'data' / 'zh_qa'
-FILES = ('train', 'val', 'heldout', 'heldout_forms', 'heldout_unknown')
+FILES = ('train', 'val', *SETS)
 
 
-def rows(name, folder=DATA):
-    return [json.loads(line) for line in (folder / f'{name}.jsonl').read_text(encoding='utf-8').splitlines()]
+def load_build():
+    spec = importlib.util.spec_from_file_location('build', DATA / 'build.py')
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return build
+
+
+build = load_build()
+UNKNOWN = build.UNKNOWN
+
+
+def copy_of_the_set(place):
+    for path in DATA.iterdir():
+        if path.suffix in ('.tsv', '.txt', '.py'):
+            (place / path.name).write_bytes(path.read_bytes())
+
+
+@functools.cache
+def built():
+    """A folder with the set as build.py makes it."""
+    place = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, place)
+    copy_of_the_set(place)
+    subprocess.run([sys.executable, str(place / 'build.py')], check=True, capture_output=True)
+    return place
+
+
+@functools.cache
+def rows(name):
+    """The lines of a file, as questions: of a conversation, {'prompt': [turns]}."""
+    return [as_question(json.loads(line)) for line in (built() / f'{name}.jsonl').read_text('utf-8').splitlines()]
+
+
+def asked(row):
+    return row['prompt'] if isinstance(row['prompt'], str) else tuple(row['prompt'])
 
 
 def prepare(place, *args):
@@ -43,38 +82,46 @@ def test_every_line_is_a_question_and_an_answer():
     for name in FILES:
         for row in rows(name):
             assert row.keys() == {'prompt', 'completion'}
-            assert all(isinstance(v, str) and v == v.strip() and v and '\n' not in v for v in row.values()), row
-            assert row['completion'].endswith('。') and not begins_badly(row['completion'])
+            texts = [*([row['prompt']] if isinstance(row['prompt'], str) else row['prompt']), row['completion']]
+            assert all(isinstance(v, str) and v == v.strip() and v and '\n' not in v for v in texts), row
+            assert row['completion'][-1] in '。！？' and not begins_badly(row['completion'])
             assert len(row['completion']) <= 60
 
 
 def test_no_question_is_in_two_files_or_twice():
-    questions = [row['prompt'] for name in FILES for row in rows(name)]
+    questions = [asked(row) for name in FILES for row in rows(name)]
     assert len(questions) == len(set(questions))
 
 
-def test_there_are_400_facts_each_asked_in_six_ways_and_no_two_share_an_answer():
-    facts = [line.split('\t') for line in (DATA / 'facts.tsv').read_text(encoding='utf-8').splitlines()]
-    answers = [answer for _, _, answer in facts]
-    assert len(facts) >= 400 and len(set(answers)) == len(facts)
-    assert len({(kind, topic) for kind, topic, _ in facts}) == len(facts)
-    asked = {name: {} for name in FILES}
+def test_there_are_1500_facts_each_asked_in_many_ways_and_no_two_share_an_answer():
+    facts = build.read_facts(DATA / 'facts.tsv')
+    answers = {fact.answer for fact in facts}
+    assert len(facts) == len(answers) >= 1500
+    ways = {name: {} for name in FILES}
     for name in FILES:
         for row in rows(name):
-            asked[name].setdefault(row['completion'], set()).add(row['prompt'])
+            ways[name].setdefault(row['completion'], set()).add(asked(row))
     for answer in answers:
-        assert len(asked['train'][answer]) >= 4
-        assert len(asked['val'][answer]) == len(asked['heldout'][answer]) == 1
-    assert set(asked['train']) == {*answers, UNKNOWN}
-    assert len(asked['heldout_forms']) >= 150 and set(asked['heldout_forms']) <= set(answers)
+        assert len(ways['train'][answer]) >= 4
+        assert len(ways['val'][answer]) == len(ways['heldout'][answer]) == 1
+    talk = {answer for _, (_, which, answer) in build.table(DATA / 'smalltalk.tsv', 3) if which == 'answer'}
+    more = {fact.more for fact in facts} | {build.NO_MORE, build.NOT_THAT}
+    assert set(ways['train']) <= {*answers, *talk, *more, UNKNOWN}
+    assert len(ways['heldout_forms']) >= 600 and set(ways['heldout_forms']) <= answers
+
+
+def test_what_is_asked_in_an_examination_is_enough():
+    sizes = {name: len(rows(name)) for name in SETS}
+    assert sizes['heldout_forms'] >= 600 and sizes['heldout_near'] >= 300 and sizes['heldout_slips'] >= 300, sizes
+    assert sizes['heldout_talk'] >= 150 and sizes['heldout_turns'] >= 200 and sizes['heldout_unknown'] >= 200, sizes
 
 
 def test_at_least_150_questions_are_out_of_scope_and_others_of_them_held_out():
     assert sum(row['completion'] == UNKNOWN for row in rows('train')) >= 150
     held_out = rows('heldout_unknown')
     assert len(held_out) >= 100 and {row['completion'] for row in held_out} == {UNKNOWN}
-    topics = [line.split('\t')[1] for line in (DATA / 'unknown_topics.tsv').read_text(encoding='utf-8').splitlines()]
-    learned = {t for t in topics if any(t in row['prompt'] for row in rows('train'))}
+    topics = [topic for _, (_, topic) in build.table(DATA / 'unknown_topics.tsv', 2)]
+    learned = {t for t in topics if any(t in row['prompt'] for row in rows('train') if isinstance(row['prompt'], str))}
     assert sum(any(t in row['prompt'] for t in topics if t not in learned) for row in held_out) >= 100
 
 
@@ -84,28 +131,44 @@ def test_everybodys_first_questions_are_asked_and_held_out():
 
 
 def test_unseen_forms_are_in_no_question_of_training():
-    spec = importlib.util.spec_from_file_location('build', DATA / 'build.py')
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    topics = {answer: (kind, topic) for kind, topic, answer in build.rows_of('facts.tsv')}
-    forms = build.rows_of('forms.tsv')
-    unseen = {kind: [form for k, which, form in forms if (k, which) == (kind, 'unseen')] for kind in build.FIELDS}
+    """Nor are the held-out slips of the pen and near misses."""
+    known = {fact.answer: fact for fact in build.read_facts(DATA / 'facts.tsv')}
+    unseen = {}
+    for _, (kind, which, form) in build.table(DATA / 'forms.tsv', 3):
+        if which == 'unseen':
+            unseen.setdefault(kind, []).append(form)
+
+    def ways(fact):
+        for form in unseen[fact.kind]:
+            for parts in itertools.product(*fact.names):
+                yield build.fill(form, fact.kind, parts)
+
     for row in rows('heldout_forms'):
-        kind, topic = topics[row['completion']]
-        assert row['prompt'] in [build.fill(form, kind, topic) for form in unseen[kind]]
+        assert row['prompt'] in ways(known[row['completion']]), row
     for row in rows('train'):
-        if row['completion'] != UNKNOWN:
-            kind, topic = topics[row['completion']]
-            assert not any(build.fill(form, kind, topic).rstrip('。？') in row['prompt'] for form in unseen[kind]), row
+        if row['completion'] in known and isinstance(row['prompt'], str):
+            assert not any(way.rstrip('。？') in row['prompt'] for way in ways(known[row['completion']])), row
 
 
-def test_the_files_are_what_build_py_makes_of_the_facts(tmp_path):
-    for path in DATA.iterdir():
-        if path.suffix in ('.tsv', '.txt', '.py'):
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    subprocess.run([sys.executable, str(tmp_path / 'build.py')], check=True, capture_output=True)
-    for name in FILES:
-        assert (tmp_path / f'{name}.jsonl').read_bytes() == (DATA / f'{name}.jsonl').read_bytes()
+def test_the_files_that_ship_are_what_build_py_makes_of_the_facts():
+    for name in ('val', *SETS):
+        assert (built() / f'{name}.jsonl').read_bytes() == (DATA / f'{name}.jsonl').read_bytes()
+
+
+@pytest.mark.parametrize('file, line, said', [
+    ('facts.tsv', 'define 空格 空格不是制表符。', 'columns are expected'),
+    ('facts.tsv', 'definition\t某物\t某物是一样东西。', 'no kind of fact'),
+    ('facts.tsv', 'diff\t某物\t某物是一样东西。', 'parts'),
+    ('facts.tsv', 'define\t注意力机制\t注意力机制是另一样东西。', 'already a fact, in line'),
+    ('unknown_topics.tsv', 'define\t注意力机制', 'also among the facts')])
+def test_a_mistake_in_the_facts_is_named_with_file_and_line(tmp_path, file, line, said):
+    copy_of_the_set(tmp_path)
+    lines = (tmp_path / file).read_text(encoding='utf-8').splitlines()
+    (tmp_path / file).write_text('\n'.join([*lines, line]) + '\n', encoding='utf-8')
+    done = subprocess.run([sys.executable, str(tmp_path / 'build.py')], capture_output=True, text=True)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert f'{file}:{len(lines) + 1}:' in done.stderr and said in done.stderr
+    assert not list(tmp_path.glob('*.jsonl'))
 
 
 # -----------------------------------------------------------------------------
@@ -131,8 +194,11 @@ def trained_texts(folder, split='train', block_size=128):
 
 def test_exactly_the_answers_and_their_ends_are_trained_on(tmp_path):
     out = made(tmp_path)
-    assert f'{len(rows("train")):,} questions with answers' in out
-    assert sorted(trained_texts(tmp_path / 'made')) == sorted(row['completion'] for row in rows('train'))
+    talks = sum(not isinstance(row['prompt'], str) for row in rows('train'))            # with two answers each
+    assert f'{len(rows("train")) + talks:,} questions with answers' in out
+    first = [row['prompt'][1] for row in rows('train') if not isinstance(row['prompt'], str)]      # of conversations
+    assert sorted(trained_texts(tmp_path / 'made', block_size=160)) == sorted(
+        [*first, *(row['completion'] for row in rows('train'))])
     assert sorted(trained_texts(tmp_path / 'made', 'val')) == sorted(row['completion'] for row in rows('val'))
     assert read_meta(tmp_path / 'made')['template'] == '用户:{prompt}\n助手:'
     # the same bytes again
@@ -273,11 +339,35 @@ def test_an_answer_is_never_empty_and_never_begins_with_punctuation():
     assert bpe.eot in not_first(bpe)
 
 
-def test_the_count_says_right_wrong_fact_and_declined():
+def test_the_count_says_right_another_declined_and_noise():
     results = {'heldout': [('a', 'A。', 'A。'), ('b', 'B。', 'A。'), ('c', 'C。', UNKNOWN), ('d', 'D。', '乱。')],
                'heldout_unknown': [('u', UNKNOWN, UNKNOWN), ('v', UNKNOWN, 'A。')]}
-    assert count(results) == {'heldout': {'right': 1, 'other_fact': 1, 'declined': 1, 'total': 4},
-                              'heldout_unknown': {'right': 1, 'other_fact': 1, 'declined': 1, 'total': 2}}
+    assert count(results, UNKNOWN) == {
+        'heldout': {'right': 1, 'other': 1, 'declined': 1, 'noise': 1, 'total': 4},
+        'heldout_unknown': {'right': 1, 'other': 1, 'declined': 0, 'noise': 0, 'total': 2}}
+
+
+def test_a_second_question_stands_behind_the_first_and_its_answer():
+    template = '用户:{prompt}\n助手:'
+    assert conversation(template, '什么是猫?') == '用户:什么是猫？\n助手:'
+    assert conversation(template, ['什么是猫?', '一种动物。', '还有呢?']) == (
+        '用户:什么是猫？\n助手:一种动物。\n用户:还有呢？\n助手:')
+
+
+def test_an_answer_with_an_unlikely_token_is_declined():
+    bpe = train_bpe(['你好，世界。用户:助手:' * 50], 300)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=bpe.vocab_size, n_layer=1, n_head=2, n_embd=16)).eval()
+    options = dict(template='{prompt}', temperature=0, max_new_tokens=5)
+    [text] = generate_texts(['你好'], model, bpe, **options)
+    # what a plain loop says of each token of the greedy answer
+    ids, least = bpe.encode('你好'), 1.0
+    for token in model.generate(torch.tensor([ids]), 5, temperature=0)[0, len(ids):].tolist():
+        least = min(least, model(torch.tensor([ids]))[0][0, -1].softmax(-1)[token].item())
+        ids.append(token)
+    assert 0 < least < 1
+    for sure, expected in ((least * 0.99, text), (least * 1.01, '不知道。')):
+        assert generate_texts(['你好'], model, bpe, decline='不知道。', sure=sure, **options) == [expected]
 
 
 def test_the_work_of_evaluating_is_divided_without_loss(tmp_path):
@@ -285,24 +375,43 @@ def test_the_work_of_evaluating_is_divided_without_loss(tmp_path):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=bpe.vocab_size, n_layer=1, n_head=2, n_embd=16)).eval()
     questions = {'heldout': rows('heldout')[:9], 'heldout_unknown': rows('heldout_unknown')[:4]}
-    whole = evaluate(model, bpe, '{prompt}', questions, max_new_tokens=4)
-    halves = [evaluate(model, bpe, '{prompt}', questions, rank=r, world_size=2, max_new_tokens=4) for r in (0, 1)]
+    whole = evaluate(model, bpe, '{prompt}', '', questions, max_new_tokens=4)
+    halves = [evaluate(model, bpe, '{prompt}', '', questions, rank=r, world_size=2, max_new_tokens=4) for r in (0, 1)]
     for name in questions:
         assert sorted(whole[name]) == sorted(halves[0][name] + halves[1][name])
 
 
 @pytest.mark.timeout(1200)
-def test_the_default_recipe_answers_questions_it_has_never_seen(tmp_path):
-    """The README's first command, with its figures lowered a little, since this is one seed on any machine."""
-    (tmp_path / 'data').mkdir()
-    assert prepare(tmp_path).returncode == 0
-    done = run(tmp_path, 'train.py', ROOT / 'config/train_zh.py', '--zh_eval_interval=480', timeout=1000)
+def test_the_recipe_answers_questions_it_has_never_seen_and_learns_a_few_more_facts(tmp_path):
+    """README's way, with a seventh of the facts and fewer steps: this is one seed on any machine."""
+    small = tmp_path / 'small'
+    small.mkdir()
+    copy_of_the_set(small)
+    for file, n in (('facts.tsv', 260), ('unknown_topics.tsv', 900), ('smalltalk.tsv', 0)):
+        lines = (small / file).read_text(encoding='utf-8').splitlines()[:n]
+        (small / file).write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+    subprocess.run([sys.executable, str(small / 'build.py')], check=True, capture_output=True)
+    assert prepare(tmp_path, '--input=small', '--out=data/zh').returncode == 0
+    done = run(tmp_path, 'train.py', ROOT / 'config/train_zh.py', '--max_steps=400', '--zh_eval_interval=400',
+               timeout=1000)
     assert done.returncode == 0, done.stderr
     assert 'held-out questions: ' in done.stdout and 'total time: ' in done.stdout
     checkpoint = load_checkpoint(tmp_path / 'out/zh/final_checkpoint.pt')
     model, tokenizer = build_model(checkpoint), tokenizer_of(checkpoint)
-    n = count(evaluate(model, tokenizer, checkpoint['template'], load_questions()))
+    n = count(evaluate(model, tokenizer, checkpoint['template'], checkpoint['decline'], load_questions(small)), UNKNOWN)
     share = {name: n[name]['right'] / n[name]['total'] for name in n}
-    assert share['heldout'] >= 0.96 and share['heldout_forms'] >= 0.75 and share['heldout_unknown'] >= 0.75, n
-    assert n['heldout']['declined'] <= 0.02 * n['heldout']['total']
-    assert find_dataset(tmp_path / 'data/zh')
+    assert share['heldout'] >= 0.9 and share['heldout_forms'] >= 0.7 and share['heldout_unknown'] >= 0.75, n
+    assert all(n[name]['noise'] <= 0.03 * n[name]['total'] for name in n), n
+
+    (tmp_path / 'mine.tsv').write_text('define\t小白\t小白是我家养的一只橘色的猫。\n'
+                                       'attr\t我家|门牌号|是多少\t我家的门牌号是七百零三号。\n', encoding='utf-8')
+    done = prepare(tmp_path, '--teach=mine.tsv')
+    assert done.returncode == 0, done.stderr
+    assert '✔' in done.stdout and '✘' not in done.stdout, done.stdout
+
+
+def test_ones_own_facts_may_not_be_known_already(tmp_path):
+    (tmp_path / 'mine.tsv').write_text('define\t注意力机制\t注意力机制是我说的。\n', encoding='utf-8')
+    done = prepare(tmp_path, '--teach=mine.tsv')
+    assert done.returncode == 2 and 'mine.tsv:1: ' in done.stderr and 'facts.tsv' in done.stderr
+    assert not (tmp_path / 'data/my_facts').exists() or not list((tmp_path / 'data/my_facts').iterdir())

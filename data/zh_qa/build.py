@@ -1,154 +1,375 @@
-"""Writes the .jsonl files beside it from facts.tsv, forms.tsv, unknown_topics.tsv and unknown_questions.txt.
+"""Writes the .jsonl files beside it from the .tsv and .txt files, the same bytes each time.
 
     python data/zh_qa/build.py
+    python data/zh_qa/build.py my_facts.tsv data/mine_qa       questions about facts of your own, among those of the set
 
-Every fact draws some of the seen forms, so that a form is used by many facts and no fact has them all: that is what
-makes a small model answer a question that it has never seen. Unseen forms are for heldout_forms.jsonl alone.
-The same files give the same bytes.
+A fact is asked in some of the forms that its kind has, by one of its names; so a form is used by many facts and no fact
+has them all: that is what makes a small model answer a question that it has never seen. README.md says what is in
+which file.
 """
 
+import itertools
 import json
+import os
 import random
+import re
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+OFTEN, AMONG = 4, 3000      # of one's own facts: how often they are asked, and among how many questions of the set
 UNKNOWN = '这个问题我还没有学过。'
-
 FIELDS = {'define': 'x', 'diff': 'ab', 'why': 'sp', 'attr': 'saq', 'how': 'v', 'use': 'x'}    # what a topic's parts are
-# a topic by itself, as it stands within a longer remark, and what may be said before and behind it
-BARE = {'define': ['{x}', '什么是{x}', '{x}是什么'], 'diff': ['{a}和{b}', '{a}和{b}的区别', '{a}与{b}的不同', '{b}和{a}'],
-        'why': ['{s}{p}', '为什么{s}{p}', '{s}为什么{p}'], 'attr': ['{s}的{a}', '{s}的{a}{q}'],
-        'how': ['{v}', '怎么{v}', '如何{v}'], 'use': ['{x}的作用', '{x}有什么用', '{x}的用处']}
-BEFORE = ['今天想聊聊', '电视里提到', '弟弟的作业里有', '我查了半天', '群里在讨论', '据说很重要，', '课本上写着', '好多人问', '面试被问到',
-          '刚才听到', '帮我看看', '老板让我查', '晚饭时说起', '在网上看到', '妹妹想知道', '我就问一个，', '第二题：', '突然冒出来一个问题，',
-          '记不起来了，', '有点糊涂，', '你学过没有，', '别的先不说，', '说真的，', '下一个，', '我猜你知道', '路上有人提起', '翻到一页讲', '啥也不懂，', '我给忘了，', '没招了，',
-          '为啥老有人问', '咋也想不起来，', '群里老在说', '跟你打听个事，', '哈，', '孩子作业写到', '我是小白，',
-          '挺好奇的，', '麻烦看一下', '搞清楚一下', '听同事说', '不明白，', '你跟我讲，', '一直想弄清楚', '有件小事，', '词条：', '这个嘛，']
-BEHIND = ['，怎么讲？', '，求教。', '，谁懂？', '，是怎么一回事？', '，一头雾水。', '，快告诉我。', '，三句话以内。', '……', '，好奇得很。',
-          '，该怎么答？', '，你说说看。', '，能讲透吗？', '，我没有头绪。', '，想听听你的讲法。', '，帮我想想。', '。', '？', '，行吗？', '，一定要讲清楚。',
-          '，老师没讲。', '，咋讲？', '，讲讲呗。', '，说的是啥？', '，咋答呢？', '，我忘光了。', '，支个招。', '，给说道说道。', '，哪儿不懂问哪儿。', '，讲讲嘛。',
-          '，干嘛的？', '，说的是什么嘛？', '，非要弄懂。', '，有何意义？', '，说清楚吧。', '，总也弄不明白。', '，孩子等着呢。']
-OPENINGS = ['你好，', '您好，', '请教一下，', '不好意思，', '打扰了，', '对了，', '嗯，', '那个，', '我在自学，', '上课没听清，',
-            '刚看到一本书，', '朋友问我，', '昨天有人问我，', '作业题：', '在线等，', '急，', '有个小问题，', '帮个忙，',
-            '弱弱地问一句，', '突然想到，', '我是初中生，', '助手，', '机器人，', '亲，', '哎，']
-CLOSINGS = ['谢谢。', '谢谢！', '多谢。', '麻烦了。', '简单说说就行。', '我是新手。', '讲明白点。', '想听你说。', '可以吗？', '好吗？']
-SLIPS = ('的了是个吗呢嘛啊哦呀么这那我你他在有不就也很都要会说上下来去一二大小多少好人天啥咋呗哈唉哇跟还又再让给被把从到想问看听讲写学'
-         '懂忘记老同家门口手头心里外面前后左右高低快慢新旧长短真假事物东西南北早晚今明昨年月日时分秒点号次回遍声句字词本页课题目道理由'
-         '法招窍差别处儿边起开关出入过得着地为因所以但如果虽然而且或者吧嗯哼喂')
-NOUNS = ['游戏', '公司', '大赛', '餐厅', '协会', '的故事', '之歌', '手机壳', '纪录片', '漫画', '博物馆', '主题曲', '火锅', '面霜', '乐队', '杂志',
-         '小镇', '夏令营', '玩具', '咖啡', '战队', '奖学金', '俱乐部', '饼干', '号飞船', '摄影', '二手车', '考试', '壁纸', '猫']
+FILES = ('train', 'val', 'heldout', 'heldout_forms', 'heldout_unknown', 'heldout_slips', 'heldout_talk',
+         'heldout_turns', 'heldout_near')
 FIRST = {'注意力机制': '什么是{x}？', '蒸馏水|纯水': '解释{a}与{b}区别？'}      # everybody's first questions: held out
+NO_MORE = '我知道的就是这些了，可以换个问题问我。'            # asked for more, where there is none
+NOT_THAT = '这一点我还没有学过，可以问我别的。'                # asked for a use, a reason or a way that is no fact
 
 
-def fill(form, kind, topic):
-    return form.format(**dict(zip(FIELDS[kind], topic.split('|'), strict=True)))
+def table(path, columns, optional=0):
+    """The lines of a .tsv as lists; one that has not so many columns ends the program, with file and line."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding='utf-8-sig').splitlines(), 1):
+        if line.strip() and not line.startswith('#'):
+            row = [part.strip() for part in line.split('\t')]
+            if not columns <= len(row) <= columns + optional or not all(row):
+                complain(path, number, f'{columns} columns are expected, with a tab between them, not {len(row)}: {line}')
+            rows.append((number, row))
+    return rows
 
 
-def rows_of(name):
-    lines = (HERE / name).read_text(encoding='utf-8').splitlines()
-    return [line.split('\t') for line in lines if line.strip() and not line.startswith('#')]
+def complain(path, number, what):
+    print(f'{path}:{number}: {what}', file=sys.stderr)
+    sys.exit(2)
 
 
-def draw(rng, forms, n):
-    """n different forms; the first ones of the list come more often, as in life."""
-    keyed = sorted((rng.random() ** ((1 + i) ** 0.35), form) for i, form in enumerate(forms))
-    return [form for _, form in keyed[-n:]]
+class Fact:
+    """names: for each part of the topic all that it is called, the one that the answer uses first."""
+
+    def __init__(self, kind, topic, answer, more=''):
+        self.kind, self.topic, self.answer, self.more = kind, topic, answer, more
+        self.names = [part.split('=') for part in topic.split('|')]
+
+    def keys(self):
+        """All that it may be asked for by: (kind, name, ...)."""
+        found = [(self.kind,)]
+        for names in self.names if self.kind != 'attr' else self.names[:2]:
+            found = [(*key, name) for key in found for name in names]
+        return found
+
+    def call(self, rng):
+        """One name for each part, the first as often as all the others."""
+        return [names[0] if len(names) == 1 or rng.random() < 0.5 else rng.choice(names[1:]) for names in self.names]
 
 
-def loose(rng, kind):
-    """A form made up on the spot, such as people's remarks are."""
-    before = rng.choice(BEFORE) if rng.random() < 0.8 else ''
-    return before + rng.choice(BARE[kind]) + rng.choice(BEHIND)
+def read_facts(path, known=()):
+    """The facts of a .tsv, none of which may be asked for by one of the keys `known`."""
+    facts, asked, answers = [], dict.fromkeys(known, 'facts.tsv'), {}
+    for number, (kind, topic, *answer) in table(path, 3, optional=1):
+        if kind not in FIELDS:
+            complain(path, number, f'{kind!r} is no kind of fact; there are {", ".join(FIELDS)}')
+        if len(topic.split('|')) != len(FIELDS[kind]):
+            complain(path, number, f'the topic of a {kind} has {len(FIELDS[kind])} parts, with | between them: {topic}')
+        fact = Fact(kind, topic, *answer)
+        for key in fact.keys():
+            if key in asked:
+                complain(path, number, f'{"|".join(key[1:])} is already a fact, in {asked[key]}')
+        asked |= dict.fromkeys(fact.keys(), f'line {number}')
+        for text in answer:
+            if answers.setdefault(text, number) != number:
+                complain(path, number, f'the answer is that of line {answers[text]}: {text}')
+        facts.append(fact)
+    return facts
 
 
-def mistyped(rng, form):
-    """The form with one character too many, too few or wrong, but not within the topic."""
-    places = [i for i, c in enumerate(form) if '\u4e00' <= c <= '\u9fff']
-    if not places:
-        return form
-    i = rng.choice(places)
-    return form[:i] + rng.choice(['', rng.choice(SLIPS), form[i] * 2, rng.choice(SLIPS) + form[i]]) + form[i + 1:]
+def fill(form, kind, parts):
+    return form.format(**dict(zip(FIELDS[kind], parts, strict=True)))
 
 
-def dressed(rng, form):
-    """Some questions begin or end with a few words more, miss their mark at the end, or are mistyped."""
-    if rng.random() < 0.15:
-        form = mistyped(rng, form)
-    if rng.random() < 0.2:
-        form = rng.choice(OPENINGS) + form
-    if rng.random() < 0.1:
-        form += rng.choice(CLOSINGS)
-    return form.rstrip('。？') if rng.random() < 0.1 else form
+class Writer:
+    """Draws the questions, and keeps them: self.files, {name: [row]}."""
+
+    def __init__(self, rng):
+        self.rng, self.files, self.taken = rng, {name: [] for name in FILES}, set()
+        self.forms = {}                                     # {(kind, seen or unseen): [form]}
+        for _, (kind, which, form) in table(HERE / 'forms.tsv', 3):
+            self.forms.setdefault((kind, which), []).append(form)
+        self.texts = [re.sub('{.}', '', form) for (_, which), forms in self.forms.items() if which == 'seen'
+                      for form in forms if len(form) > 6]
+        self.alike = {}                                     # characters that are taken for each other
+        for _, (a, b) in table(HERE / 'slips.tsv', 2):
+            self.alike.setdefault(a, []).append(b)
+            self.alike.setdefault(b, []).append(a)
+        self.traditional = str.maketrans({a: b for _, (a, b) in table(HERE / 'traditional.tsv', 2)})
+        self.common = sorted(self.alike)
+
+    def add(self, name, question, answer, before=()):
+        """A row of file `name`, unless it is in one already. before: the question and the answer that came first."""
+        question = question.strip()
+        if not question or (question, before) in self.taken:
+            return
+        self.taken.add((question, before))
+        row = {'prompt': question, 'completion': answer}
+        if before:
+            talk = zip(('user', 'assistant', 'user', 'assistant'), (*before, question, answer), strict=True)
+            row = {'conversations': [{'role': role, 'content': text} for role, text in talk]}
+        self.files[name].append(row)
+
+    def write(self, folder):
+        self.rng.shuffle(self.files['train'])
+        for name, rows in self.files.items():
+            if rows:
+                text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+                unfinished = folder / f'{name}.jsonl.{os.getpid()}'
+                unfinished.write_text(text, encoding='utf-8', newline='\n')
+                unfinished.replace(folder / f'{name}.jsonl')
+                print(f'{name}.jsonl: {len(rows):,} questions, {sum(UNKNOWN in row.values() for row in rows):,} unknown')
+
+    def draw(self, kind, n, which='seen'):
+        """n different forms; the first ones of the list come more often, as in life."""
+        keyed = sorted((self.rng.random() ** ((1 + i) ** 0.35), form)
+                       for i, form in enumerate(self.forms[kind, which]))
+        drawn = [form for _, form in keyed[-n:]]
+        self.rng.shuffle(drawn)
+        return drawn
+
+    def one(self, kind):
+        return self.rng.choice(self.forms[kind, 'seen'])
+
+    def loose(self, kind):
+        """A form made up on the spot, such as people's remarks are."""
+        before = self.one('before') if self.rng.random() < 0.8 else ''
+        return before + self.one('bare ' + kind) + self.one('behind')
+
+    def babbled(self, kind):
+        """A topic between scraps of anything: whatever stands around it, the topic decides."""
+        def scrap(longest):
+            text = self.rng.choice(self.texts)
+            i = self.rng.randrange(len(text))
+            return text[i:i + self.rng.randint(0, longest)]
+        return scrap(12) + self.rng.choice(['', '，', '：']) + self.one('bare ' + kind) + scrap(8)
+
+    def mistyped(self, form):
+        """The form with one character too many, too few or wrong, but not within the topic."""
+        places = [i for i, c in enumerate(form) if '\u4e00' <= c <= '\u9fff']
+        if not places:
+            return form
+        i = self.rng.choice(places)
+        other = self.rng.choice(self.alike.get(form[i], self.common))
+        return form[:i] + self.rng.choice(['', other, other, form[i] * 2, other + form[i]]) + form[i + 1:]
+
+    def dressed(self, form):
+        """Some questions begin or end with a few words more, miss their mark at the end, or are mistyped."""
+        if self.rng.random() < 0.12:
+            form = self.mistyped(form)
+        if self.rng.random() < 0.15:
+            form = self.one('opening') + form
+        if self.rng.random() < 0.08:
+            form += self.one('closing')
+        return form.rstrip('。？') if self.rng.random() < 0.15 else form
+
+    def slip(self, name):
+        """The name with one slip of the pen: a character that sounds or looks alike, one doubled, one dropped, or all
+        of it in Traditional characters; None if it is too short for that."""
+        places = [i for i, c in enumerate(name) if '\u4e00' <= c <= '\u9fff']
+        if len(places) < 3:
+            return None
+        kind, i = self.rng.random(), self.rng.choice(places)
+        if kind < 0.15 and name.translate(self.traditional) != name:
+            return name.translate(self.traditional)
+        if kind < 0.25:
+            return name[:i] + name[i] + name[i:]
+        if kind < 0.35 and len(places) > 3:
+            return name[:i] + name[i + 1:]
+        places = [i for i in places if name[i] in self.alike]
+        if not places:
+            return None
+        i = self.rng.choice(places)
+        return name[:i] + self.rng.choice(self.alike[name[i]]) + name[i + 1:]
+
+    def other(self, name):
+        """A name that is nearly this one and another: a character of it is one that is not alike."""
+        i = self.rng.choice([i for i, c in enumerate(name) if '\u4e00' <= c <= '\u9fff'])
+        c = self.rng.choice([c for c in self.common if c not in self.alike.get(name[i], ()) and c != name[i]])
+        return name[:i] + c + name[i + 1:]
+
+    def slipped(self, fact):
+        """The names of a fact, one with a slip; None if all are too short."""
+        parts = fact.call(self.rng)
+        places = [i for i in range(len(parts)) if FIELDS[fact.kind][i] not in 'qp']
+        self.rng.shuffle(places)
+        for i in places:
+            name = self.slip(parts[i])
+            if name:
+                return [*parts[:i], name, *parts[i + 1:]]
+        return None
 
 
-def hybrids(rng, facts, n):
-    """n topics that do not exist, each made of the halves of two that do, and n / 2 of one that does with a noun behind
-    it: knowing half a name is not knowing it."""
-    names = [topic for kind, topic, _ in facts if kind == 'define' and len(topic) >= 3 and not topic.isascii()]
-    known = {part for _, topic, _ in facts for part in topic.split('|')}
-    made = []
-    while len(made) < n:
-        a, b = rng.sample(names, 2)
-        name = a[:rng.randint(2, len(a) - 1)] + b[-rng.randint(1, len(b) - 1):]
-        if len(name) <= 7 and not any(k in name for k in known if len(k) > len(name) - 2) and name not in made:
-            made.append(name)
-    names = [name for name in names if len(name) <= 6]
-    return made + [rng.choice(names) + rng.choice(NOUNS) for _ in range(n // 2)]
-
-
-def main():
-    rng = random.Random(20240520)
-    files = {name: [] for name in ('train', 'val', 'heldout', 'heldout_forms', 'heldout_unknown')}
-    taken = set()
-
-    def add(name, question, answer):
-        if question in taken:
-            return False
-        taken.add(question)
-        files[name].append({'prompt': question, 'completion': answer})
-        return True
-
-    # 1) what it knows: some forms to learn from, one to validate on, one held out; and for some one that is no one's else
-    facts = rows_of('facts.tsv')
-    seen, unseen = ({kind: [form for k, which, form in rows_of('forms.tsv') if (k, which) == (kind, name)]
-                     for kind in FIELDS} for name in ('seen', 'unseen'))
-    for kind, topic, answer in facts:
-        forms = draw(rng, seen[kind], rng.randint(11, 15))
-        rng.shuffle(forms)
-        if topic in FIRST:
-            forms = [form for form in forms if form != FIRST[topic]] + [FIRST[topic]]
-        add('heldout', fill(forms.pop(), kind, topic), answer)
-        add('val', fill(forms.pop(), kind, topic), answer)
-        for form in [dressed(rng, form) for form in forms] + [loose(rng, kind) for _ in range(rng.randint(4, 7))]:
-            add('train', fill(form, kind, topic), answer)
-    for kind, topic, answer in rng.sample(facts, 260):
-        add('heldout_forms', fill(rng.choice(unseen[kind]), kind, topic), answer)
-
-    # 2) what it does not: other topics in the same forms, and questions of any form
-    unknown = rows_of('unknown_topics.tsv')
-    rng.shuffle(unknown)
-    for i, (kind, topic) in enumerate(unknown):
-        name = 'heldout_unknown' if i < 160 else 'val' if i < 220 else 'train'
-        if name == 'train':
-            forms = [dressed(rng, draw(rng, seen[kind], 1)[0]), loose(rng, kind)]
+def near_misses(writer, facts, n):
+    """n (kind, parts) that nobody knows, each close to what is known: halves of two names, a name with a noun behind it
+    or with a wrong character, the attribute of one thing asked of another, sides of two comparisons or reasons."""
+    rng, found = writer.rng, []
+    by_kind = {kind: [fact for fact in facts if fact.kind == kind] for kind in FIELDS}
+    all_names = {name for fact in facts for part in fact.names for name in part}
+    names = [fact.names[0][0] for fact in by_kind['define']]
+    names = [name for name in names if 3 <= len(name) <= 6 and all('\u4e00' <= c <= '\u9fff' for c in name)]
+    while len(found) < n:
+        kind = rng.choice(['define'] * 6 + ['attr'] * 2 + ['diff', 'why'])
+        if kind == 'define':
+            a, b = rng.sample(names, 2)
+            name = rng.choice([a[:rng.randint(2, len(a) - 1)] + b[-rng.randint(1, len(b) - 1):],
+                               a + writer.one('noun'), writer.other(a)])
+            parts = [name]
+            if name in all_names or any(k in name for k in all_names if len(k) > max(2, len(name) - 2)):
+                continue
         else:
-            forms = draw(rng, seen[kind], 1)
-        for form in forms:
-            add(name, fill(form, kind, topic), UNKNOWN)
-    for topic in hybrids(rng, facts, 700):
-        add('train', fill(dressed(rng, draw(rng, seen['define'], 1)[0]), 'define', topic), UNKNOWN)
-    free = [line for line, in rows_of('unknown_questions.txt')]
+            a, b = rng.sample(by_kind[kind], 2)
+            parts = [rng.choice(a.names[0]), *(part[0] for part in b.names[1:])]
+            others = [fact for fact in by_kind[kind] if parts[0] in fact.names[0] or parts[0] in fact.names[-1]]
+            if any(parts[1] in part for fact in others for part in fact.names):
+                continue
+        if (kind, parts) not in found:
+            found.append((kind, parts))
+    return found
+
+
+def ask_facts(writer, facts, known):
+    """What it knows: some forms to learn from, one to validate on, one held out; a topic with a slip, a long question."""
+    rng, forms, add = writer.rng, writer.forms, writer.add
+    for number, fact in enumerate(facts):
+        drawn = writer.draw(fact.kind, rng.randint(12, 15))
+        if fact.topic in FIRST:
+            drawn = [form for form in drawn if form != FIRST[fact.topic]] + [FIRST[fact.topic]]
+        parts = [names[0] for names in fact.names] if fact.topic in FIRST else fact.call(rng)
+        add('heldout', fill(drawn.pop(), fact.kind, parts), fact.answer)
+        add('val', fill(drawn.pop(), fact.kind, fact.call(rng)), fact.answer)
+        held = writer.slipped(fact) if number % 3 == 0 else None
+        if held and (fact.kind, *held[:2]) not in known:
+            add('heldout_slips', fill(rng.choice(forms[fact.kind, 'seen'][:8]), fact.kind, held), fact.answer)
+        drawn = [writer.dressed(form) for form in drawn]
+        unseen = [fill(form, fact.kind, parts).rstrip('。？') for form in forms[fact.kind, 'unseen']
+                  for parts in itertools.product(*fact.names)]
+        for form in drawn + [make(fact.kind) for make in (writer.loose, writer.babbled) for _ in range(3)]:
+            question = fill(form, fact.kind, fact.call(rng))
+            if not any(way in question for way in unseen):          # a slip may have made it so
+                add('train', question, fact.answer)
+        for _ in range(4):
+            parts = writer.slipped(fact)
+            if parts and parts != held and (fact.kind, *parts[:2]) not in known:
+                add('train', fill(writer.dressed(writer.draw(fact.kind, 1)[0]), fact.kind, parts), fact.answer)
+        if rng.random() < 0.4:
+            question = fill(rng.choice(forms[fact.kind, 'seen'][:8]), fact.kind, fact.call(rng))
+            add('train', writer.one('long').replace('{q}', question), fact.answer)
+
+
+def small_talk(writer):
+    talk = table(HERE / 'smalltalk.tsv', 3)
+    answers = {intent: text for _, (intent, which, text) in talk if which == 'answer'}
+    for number, (intent, which, text) in talk:
+        if intent not in answers or which not in ('answer', 'seen', 'unseen'):
+            complain(HERE / 'smalltalk.tsv', number, f'{intent} needs an answer, and {which!r} should be answer, seen or '
+                     'unseen')
+        if which == 'unseen':
+            writer.add('heldout_talk', text, answers[intent])
+    for _, (intent, which, text) in talk:
+        if which == 'seen':
+            end = writer.rng.choice(['', '。', '？', '！', '~', '啊', '呀'])
+            for question in (text, text.rstrip('。？！') + end, writer.mistyped(text)):
+                writer.add('train', question, answers[intent])
+
+
+def second_turns(writer, facts):
+    """A second question, which names nothing: what was asked before says what it is about."""
+    rng, forms = writer.rng, writer.forms
+    whole = {key: fact for fact in facts for key in fact.keys()}
+
+    def asked(fact):
+        return fill(writer.dressed(writer.draw(fact.kind, 1)[0]), fact.kind, fact.call(rng))
+
+    for fact in facts:
+        follows = [('more', fact.more or NO_MORE)] if fact.more or rng.random() < 0.5 else []
+        for kind in ('use', 'why', 'how'):
+            other = whole.get((kind, fact.names[0][0])) if fact.kind == 'define' else None
+            if other or rng.random() < 0.15:
+                follows.append((kind, other.answer if other else NOT_THAT))
+        for kind, answer in follows:
+            for _ in range(3):
+                writer.add('train', rng.choice(forms['then ' + kind, 'seen']), answer, (asked(fact), fact.answer))
+            if rng.random() < 0.2:
+                form = rng.choice(forms['then ' + kind, 'unseen'])
+                writer.add('heldout_turns', form, answer, (asked(fact), fact.answer))
+        if rng.random() < 0.1:          # another fact may be asked for just as well
+            other = rng.choice(facts)
+            writer.add('train', asked(other), other.answer, (asked(fact), fact.answer))
+
+
+def ask_unknown(writer, facts, known):
+    """What it does not know: other topics in the same forms, near misses, noise, and questions of any form."""
+    rng, add = writer.rng, writer.add
+    unknown = []
+    for number, (kind, topic) in table(HERE / 'unknown_topics.tsv', 2):
+        if any(key in known for key in Fact(kind, topic, '').keys()):
+            complain(HERE / 'unknown_topics.tsv', number, f'{topic} is also among the facts')
+        unknown.append((kind, topic.split('|')))
+    rng.shuffle(unknown)
+    for i, (kind, parts) in enumerate(unknown):
+        name = 'heldout_unknown' if i < 220 else 'val' if i < 280 else 'train'
+        drawn = writer.draw(kind, 1)
+        if name == 'train':
+            drawn = [*map(writer.dressed, writer.draw(kind, 2)), writer.loose(kind), writer.babbled(kind)]
+            if rng.random() < 0.15:
+                drawn.append(writer.one('long').replace('{q}', writer.draw(kind, 1)[0]))
+        for form in drawn:
+            add(name, fill(form, kind, parts), UNKNOWN)
+    for i, (kind, parts) in enumerate(near_misses(writer, facts, 3700)):
+        if i < 200:
+            add('heldout_near', fill(rng.choice(writer.forms[kind, 'seen'][:8]), kind, parts), UNKNOWN)
+        else:
+            add('train', fill(writer.dressed(writer.draw(kind, 1)[0]), kind, parts), UNKNOWN)
+    for line in (HERE / 'near_misses.txt').read_text(encoding='utf-8').splitlines():
+        add('heldout_near', line, UNKNOWN)
+    for _ in range(300):
+        add('train', noise(writer), UNKNOWN)
+    free = (HERE / 'unknown_questions.txt').read_text(encoding='utf-8').splitlines()
     rng.shuffle(free)
     for i, question in enumerate(free):
         add('heldout_unknown' if i < 40 else 'val' if i < 60 else 'train', question, UNKNOWN)
 
-    for name, rows in files.items():
-        if name == 'train':
-            rng.shuffle(rows)
-        text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-        (HERE / f'{name}.jsonl').write_text(text, encoding='utf-8', newline='\n')
-        print(f'{name}.jsonl: {len(rows):,} questions, {sum(r["completion"] == UNKNOWN for r in rows):,} unknown')
+
+def noise(writer):
+    """What a cat types: characters, letters, digits or marks without a meaning."""
+    rng = writer.rng
+    letters = rng.choice([writer.common, writer.common, 'abcdefghijklmnopqrstuvwxyz', '0123456789', '。？！，…~'])
+    text = ''.join(rng.choice(letters) for _ in range(rng.randint(2, 12)))
+    return text * rng.choice([1, 1, 1, 2]) + rng.choice(['', '', '是什么？', '？'])
+
+
+def main(own='', folder=HERE):
+    """All files; or those about the facts in the file `own`, into `folder`, with some of the set's among them."""
+    facts = read_facts(HERE / 'facts.tsv')
+    known = {key for fact in facts for key in fact.keys()}
+    writer = Writer(random.Random(20240520))
+    if own:
+        mine, folder = read_facts(own, known), Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(OFTEN):
+            ask_facts(writer, mine, known)
+        if not (HERE / 'train.jsonl').exists():
+            main()
+        lines = (HERE / 'train.jsonl').read_text(encoding='utf-8').splitlines()
+        writer.files['train'] += map(json.loads, writer.rng.sample(lines, AMONG))
+        writer.write(folder)
+    else:
+        ask_facts(writer, facts, known)
+        for fact in writer.rng.sample(facts, min(640, len(facts))):
+            form = writer.rng.choice(writer.forms[fact.kind, 'unseen'])
+            writer.add('heldout_forms', fill(form, fact.kind, fact.call(writer.rng)), fact.answer)
+        small_talk(writer)
+        second_turns(writer, facts)
+        ask_unknown(writer, facts, known)
+        writer.write(HERE)
 
 
 if __name__ == '__main__':
-    main()
+    main(*sys.argv[1:3])
