@@ -274,7 +274,7 @@ def split_pieces(pieces, fraction, rule, n_train):
 # documents -> shards
 
 
-def write_dataset(folder, codec, pieces, source, split, template='', with_masks=False, longest=0,
+def write_dataset(folder, codec, pieces, source, split, asked=(), with_masks=False, longest=0,
                   shard_size=100_000_000):
     """Tokenize (split, piece) pairs into shards and finish the data set with meta.json; prints what it holds.
 
@@ -326,6 +326,6 @@ def write_dataset(folder, codec, pieces, source, split, template='', with_masks=
     if skipped:
         print(f'{skipped:,} questions with answers were left out, being longer than {longest} tokens')
     shards = {name: writer.finish() for name, writer in writers.items()}
-    install_dataset(folder, codec, shards, source, split, template)
+    install_dataset(folder, codec, shards, source, split, asked)
     folder = Path(folder)
     print(f'wrote {folder}; train on it with --dataset={folder.name if folder.parent == Path("data") else folder}')

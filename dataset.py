@@ -121,13 +121,13 @@ _REPLACED = ('train*.bin', 'val*.bin', 'tokenizer.json')
 FINEWEB_RECORD = 'progress*.json'                   # in the folders that fineweb.py makes: how far it has come
 
 
-def install_dataset(folder, tokenizer, shards, source, split, template=''):
+def install_dataset(folder, tokenizer, shards, source, split, asked=()):
     """Replace the data set in `folder` by the new shards, {'train': writer.finish(), 'val': ...}, and their tokenizer.
 
     meta.json is the first to go and the last to come: a folder without it is half made.
     """
     folder = Path(folder)
-    text = meta_text(tokenizer, shards, source, split, template)
+    text = meta_text(tokenizer, shards, source, split, asked)
     (folder / 'meta.json.tmp').write_text(text, encoding='utf-8')           # until the end, the mark of unfinished work
     (folder / 'meta.json').unlink(missing_ok=True)
     for pattern in _REPLACED:
@@ -139,10 +139,10 @@ def install_dataset(folder, tokenizer, shards, source, split, template=''):
     write_text_atomically(folder / 'meta.json', text)
 
 
-def meta_text(tokenizer, shards, source, split, template=''):
-    """The content of meta.json."""
+def meta_text(tokenizer, shards, source, split, asked=()):
+    """The content of meta.json. asked: of questions, {'template', 'decline'}, as prepare_zh.py has them."""
     meta = {'format': 1, 'tokenizer': tokenizer.kind, 'fingerprint': tokenizer.fingerprint,
-            'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'template': template,
+            'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, **dict(asked or {'template': ''}),
             'source': source, 'split': split, 'shards': shards}
     return json.dumps(meta, ensure_ascii=False, indent=1) + '\n'
 
@@ -189,7 +189,8 @@ def read_meta(folder):
         meta = json.loads(path.read_text(encoding='utf-8'))
         if any(Path(shard['file']).name != shard['file'] for shards in meta['shards'].values() for shard in shards):
             raise ValueError('it names files outside its folder')
-        return {key: meta[key] for key in ('tokenizer', 'fingerprint', 'vocab_size', 'template', 'shards')}
+        return {'decline': '', **meta} | {key: meta[key] for key in ('tokenizer', 'fingerprint', 'vocab_size',
+                                                                     'template', 'shards')}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}); prepare the data again') from None
 

@@ -3,9 +3,8 @@
     python eval_zh.py --init_from=out/zh
     python eval_zh.py --show            every question with its answer
 
-All questions are answered greedily, in batches through the KV cache. An answer is right if it is the fact's own to the
-letter. The questions: heldout.jsonl (known facts, a form that other facts have in training), heldout_forms.jsonl
-(known facts, a form that nothing has in training), heldout_unknown.jsonl (what it never learned and must decline).
+All questions are answered greedily, in batches through the KV cache. An answer is right if it is the expected one to
+the letter. SETS says what is asked; data/zh_qa/README.md, how the questions were made.
 """
 
 import json
@@ -32,74 +31,89 @@ dtype = 'auto'              # auto, float32, bfloat16, float16
 config = configure(globals(), negative=False, at_least={'max_new_tokens': 1, 'batch_size': 1})
 # -----------------------------------------------------------------------------
 
-UNKNOWN = '这个问题我还没有学过。'
-SETS = {'heldout': 'held-out questions', 'heldout_forms': 'unseen forms', 'heldout_unknown': 'out-of-scope questions'}
+SETS = {'heldout': 'held-out questions', 'heldout_forms': 'unseen forms', 'heldout_slips': 'slips of the pen',
+        'heldout_talk': 'small talk', 'heldout_turns': 'second questions', 'heldout_unknown': 'out-of-scope questions',
+        'heldout_near': 'near misses'}
 SHIPPED = Path(__file__).resolve().parent / 'data' / 'zh_qa'
 
 
 def load_questions(folder=SHIPPED):
-    """{'heldout': [{'prompt', 'completion'}], ...} from the .jsonl files of `folder`. Raises UserError."""
-    questions = {}
-    for name in SETS:
-        path = Path(folder, f'{name}.jsonl')
+    """{'heldout': [{'prompt', 'completion'}], ...} from the .jsonl files of `folder`; a prompt is a question, or a list
+    of turns of which it is the last (see sample.conversation). Raises UserError."""
+    questions, paths = {}, {name: Path(folder, f'{name}.jsonl') for name in SETS}
+    for name in [name for name, path in paths.items() if path.exists()] or SETS:
+        path = paths[name]
         try:
             with open(path, encoding='utf-8') as f:
-                questions[name] = [json.loads(line) for line in f if line.strip()]
+                questions[name] = [as_question(json.loads(line)) for line in f if line.strip()]
         except (OSError, ValueError) as e:
             raise UserError(f'{path} cannot be read as questions ({e}); --data names the folder') from None
     return questions
 
 
-def evaluate(model, tokenizer, template, questions, *, rank=0, world_size=1, batch_size=128, max_new_tokens=96,
+def as_question(row):
+    """A line of a .jsonl file as {'prompt', 'completion'}: of a conversation, what was said last is to be answered."""
+    if 'conversations' not in row:
+        return row
+    *turns, answer = [turn['content'] for turn in row['conversations']]
+    return {'prompt': turns, 'completion': answer}
+
+
+def evaluate(model, tokenizer, template, decline, questions, *, rank=0, world_size=1, batch_size=128, max_new_tokens=96,
              should_stop=None):
     """Answer this process's share of `questions`. Returns {set: [(prompt, expected, answer), ...]}."""
     mine = [(name, row) for name in questions for row in questions[name]][rank::world_size]
-    answers = generate_texts([row['prompt'] for _, row in mine], model, tokenizer, template=template, temperature=0,
-                             max_new_tokens=max_new_tokens, batch_size=batch_size, should_stop=should_stop)
+    answers = generate_texts([row['prompt'] for _, row in mine], model, tokenizer, template=template, decline=decline,
+                             temperature=0, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                             should_stop=should_stop)
     results = {name: [] for name in questions}
     for (name, row), answer in zip(mine, answers, strict=True):
         results[name].append((row['prompt'], row['completion'], answer))
     return results
 
 
-def count_right(model, tokenizer, template, questions, **share):
+def count_right(model, tokenizer, template, decline, questions, **share):
     """(right, answered) among a list of questions [{'prompt', 'completion'}]; what train.py asks during training."""
-    rows = evaluate(model, tokenizer, template, {'heldout': questions}, **share)['heldout']
+    rows = evaluate(model, tokenizer, template, decline, {'heldout': questions}, **share)['heldout']
     return sum(answer == expected for _, expected, answer in rows), len(rows)
 
 
-def count(results):
-    """{set: {'right', 'other_fact', 'declined', 'total'}}: other_fact counts answers that are another fact's own."""
-    known = {expected for rows in results.values() for _, expected, _ in rows} - {UNKNOWN}
-    return {name: {'right': sum(answer == expected for _, expected, answer in rows),
-                   'other_fact': sum(answer != expected and answer in known for _, expected, answer in rows),
-                   'declined': sum(answer == UNKNOWN for _, _, answer in rows), 'total': len(rows)}
-            for name, rows in results.items()}
+def count(results, decline):
+    """{set: {'right', 'other', 'declined', 'noise', 'total'}}: an answer that is not the right one is one that belongs
+    to another question, the declining one, or noise."""
+    known = {expected for rows in results.values() for _, expected, _ in rows}
+    counts = {}
+    for name, rows in results.items():
+        wrong = [answer for _, expected, answer in rows if answer != expected]
+        declined, noise = wrong.count(decline), sum(answer not in known | {decline} for answer in wrong)
+        counts[name] = {'right': len(rows) - len(wrong), 'other': len(wrong) - declined - noise, 'declined': declined,
+                        'noise': noise, 'total': len(rows)}
+    return counts
 
 
 def main():
     chosen_device = pick_device(device)
     model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, chosen_device,
                                                              pick_dtype(dtype, chosen_device))
-    template = checkpoint.get('template', '')
+    template, decline = checkpoint.get('template', ''), checkpoint.get('decline', '')
     if not template:
         raise UserError(f'{description} was not trained on questions and answers: its data set has no template')
     questions = load_questions(data or SHIPPED)
     start = time.perf_counter()
     with torch.inference_mode():
-        results = evaluate(model, tokenizer, template, questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        results = evaluate(model, tokenizer, template, decline, questions, batch_size=batch_size,
+                           max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - start
     if show:
         for name, rows in results.items():
             for prompt, expected, answer in rows:
                 mark = '✔' if answer == expected else '✘'
+                prompt = prompt if isinstance(prompt, str) else ' '.join(prompt)
                 print(f'{mark} [{name}] {prompt} {answer}' + ('' if answer == expected else f'  (应为：{expected})'))
-    for name, n in count(results).items():
-        line = f'{SETS[name]}: {n["right"]}/{n["total"]}={n["right"] / n["total"]:.4f}'
-        if name != 'heldout_unknown':
-            line += (f' | from another fact: {n["other_fact"] / n["total"]:.4f}'
-                     f' | wrongly declined: {n["declined"] / n["total"]:.4f}')
-        print(line)
+    for name, n in count(results, decline).items():
+        print(f'{SETS[name]}: {n["right"]}/{n["total"]}={n["right"] / n["total"]:.4f}'
+              f' | another answer: {n["other"] / n["total"]:.4f}'
+              f' | wrongly declined: {n["declined"] / n["total"]:.4f} | noise: {n["noise"] / n["total"]:.4f}')
     total = sum(map(len, questions.values()))
     print(f'{description}: {total} questions in {seconds:.1f} s')
 

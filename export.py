@@ -48,7 +48,7 @@ WORDS = {('ByteLevel',): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm', (QWEN2,): '
 def export_int8(path, checkpoint, target):
     model = build_model(checkpoint, path)
     kept = {key: checkpoint[key] for key in ('model_args', 'iter_num', 'config', 'tokenizer', 'tokenizer_fingerprint',
-                                             'template', 'start', 'eot') if key in checkpoint}
+                                             'template', 'decline', 'start', 'eot') if key in checkpoint}
     float_bytes = 4 * model.num_params()
     kept |= {'model': to_int8(model).state_dict(), 'quantized': 'int8'}
     write_atomically(target, lambda f: torch.save(kept, f))

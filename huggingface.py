@@ -353,8 +353,10 @@ def tokenizer_files(tokenizer, start, block_size, template):
                 'clean_up_tokenization_spaces': False}
     if template:
         before, behind = (json.dumps(part, ensure_ascii=False) for part in template.split('{prompt}', 1))
-        bos = 'bos_token + ' if start else ''       # for nothing is put before what a template has made
-        settings['chat_template'] = f"{{{{ {bos}{before} + messages[-1]['content'] + {behind} }}}}"
+        bos = '{{ bos_token }}' if start else ''    # for nothing is put before what a template has made
+        settings['chat_template'] = (               # as sample.conversation() has it
+            f"{bos}{{% for m in messages %}}{{% if m['role'] == 'assistant' %}}{{{{ m['content'] + '\\n' }}}}"
+            f"{{% else %}}{{{{ {before} + m['content'] + {behind} }}}}{{% endif %}}{{% endfor %}}")
     return {'tokenizer.json': bpe.to_str(), 'tokenizer_config.json': json.dumps(settings, indent=2) + '\n'}
 
 

@@ -4,6 +4,7 @@
     python prepare_zh.py --input=poems.jsonl --out=data/poems   your own text
     python prepare_zh.py --input=data/zh_qa/train.jsonl,my_facts.jsonl --weights=1,3 --out=data/mine
     python prepare_zh.py --download=belle --out=data/belle      an open corpus, from the hub or its mirror (HF_ENDPOINT)
+    python prepare_zh.py --teach=my_facts.tsv                   your own facts, added to what the model in out/zh knows
 
 --input takes .jsonl with {"prompt", "completion"}, {"conversations": [{"role", "content"}, ...]}, {"instruction",
 "input", "output"} or {"text"} on each line, and plain .txt. Only answers, and the end-of-text token behind each, are
@@ -11,25 +12,31 @@ trained on; of plain text, everything is.
 """
 
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from configurator import UserError, configure
 from corpus import find_inputs, read_documents, split_pieces, split_rule, write_dataset
 from dataset import start_dataset
 from download import hub_download, hub_files
-from tokenizer import train_bpe
+from tokenizer import load_tokenizer, train_bpe
 
 # -----------------------------------------------------------------------------
 input = ''                  # your own files, a folder, or several with commas; '' = the set in data/zh_qa
 weights = ''                # how often each of the inputs is taken, such as 1,3 or 1,0.5; '' = each once
 download = ''               # an open corpus instead: wikipedia (1.4 million articles) or belle (500,000 instructions)
+teach = ''                  # facts of your own, as data/zh_qa/README.md has them: prepare, train and ask, all in one
 out = 'data/zh'             # the folder to make
-vocab_size = 0              # ids of the BPE; 0 = 2560 for the set that ships, 8192 for others
+tokenizer = ''              # a tokenizer.json to be used; '' = a BPE learns from the text
+vocab_size = 0              # ids of that BPE; 0 = 4096 for the set that ships, 8192 for others
 single_han = True           # the BPE keeps every Chinese character by itself; false = it may join them to words
 val_fraction = 0.05         # the part of the inputs kept for validation
 encoding = 'auto'           # auto (UTF-8, or else GB18030), utf-8, gb18030, ...
 template = '用户:{prompt}\n助手:'     # what a question is put into, in training and in sampling
-block_size = 128            # questions with answers that have more tokens than this are left out, and counted
+decline = '这个问题我还没有学过。'     # the answer instead of one that the model is not sure of; '' = none
+block_size = 160            # questions with answers that have more tokens than this are left out, and counted
 seed = 1337                 # of the order of the rows
 config = configure(globals(), negative=False, at_least={'block_size': 8})
 # -----------------------------------------------------------------------------
@@ -83,17 +90,36 @@ def shuffled_rows(pairs, rng):
     yield from buffer
 
 
+def run(*command):
+    """A script of this project, in a process of its own; if it fails, this one ends with its exit status."""
+    done = subprocess.run([sys.executable, *map(str, command)])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def teach_facts(facts):
+    """Adds the facts in a file to the model in out/zh, which makes another one, in out/my_facts, each time anew: four
+    commands, each of which may be given by itself."""
+    here, own = Path(__file__).resolve().parent, 'data/my_facts'
+    shutil.rmtree('out/my_facts', ignore_errors=True)
+    run(SHIPPED / 'build.py', facts, own)
+    run(here / 'prepare_zh.py', f'--input={own}', '--tokenizer=data/zh/tokenizer.json', f'--out={own}')
+    run(here / 'train.py', here / 'config/teach_zh.py')
+    run(here / 'eval_zh.py', '--init_from=out/my_facts', f'--data={own}', '--show')
+
+
 def main():
+    if teach:
+        return teach_facts(teach)
+    if not input and not download:
+        run(SHIPPED / 'build.py')
     if '{prompt}' not in template:
         raise UserError("template must contain {prompt}, which the question takes the place of")
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction must be between 0 and 1, not {val_fraction}')
-    shipped = not input and not download
-    if shipped:
-        paths, named = [SHIPPED / 'train.jsonl', SHIPPED / 'val.jsonl'], [SHIPPED]
-        if not paths[0].exists():
-            raise UserError(f'{paths[0]} is missing; get the whole repository, or use --input')
-    else:
+    paths, named = [Path(input or SHIPPED, f'{name}.jsonl') for name in ('train', 'val')], [Path(input or SHIPPED)]
+    divided = not download and all(path.is_file() for path in paths)        # a folder that says what is for validation
+    if not divided:
         named = [Path(t) for t in input.split(',')] if input and not Path(input).exists() else [Path(input)]
         paths = fetch_corpus(download) if download else find_inputs(input)
     try:
@@ -108,24 +134,28 @@ def main():
     def documents(doing):
         return read_documents(paths, template=template, encoding=encoding, doing=doing)
 
-    rule = ('files', None) if shipped else split_rule(documents('reading'), val_fraction)
+    rule = ('files', None) if divided else split_rule(documents('reading'), val_fraction)
 
     def split_documents(doing='encoding'):
-        if shipped:
+        if divided:
             return ((('train', 'val')[piece.file], piece) for piece in documents(doing))
         return split_pieces(documents(doing), val_fraction, *rule)
 
     # the tokenizer learns from what is trained on; if that has no questions, it is language modelling, without masks
     with_masks = any(len(piece.segments) > 1 for piece in documents('looking for questions'))
-    codec = train_bpe((text for name, piece in split_documents('training the tokenizer') if name == 'train'
-                       for text, _ in piece.segments), vocab_size or (2560 if shipped else 8192), single_han)
+    if tokenizer:
+        codec = load_tokenizer(tokenizer)
+    else:
+        codec = train_bpe((text for name, piece in split_documents('training the tokenizer') if name == 'train'
+                           for text, _ in piece.segments), vocab_size or (4096 if divided else 8192), single_han)
     print(f'tokenizer: {codec.kind}, {codec.vocab_size:,} ids')
     pairs = repeated(split_documents, given)
     if with_masks:
         # a long text in several pieces becomes several documents, so that rows can be shuffled
         pairs = shuffled_rows(((name, piece._replace(starts=True)) for name, piece in pairs), random.Random(seed))
-    write_dataset(out, codec, pairs, ', '.join(p.name for p in named[:5]) or download, f'{rule[0]}; '
-                  f'val_fraction={val_fraction}', template if with_masks else '', with_masks, block_size)
+    asked = {'template': template, 'decline': decline} if with_masks else {}
+    write_dataset(out, codec, pairs, ', '.join(p.name for p in named[:5]) or download,
+                  f'{rule[0]}; val_fraction={val_fraction}', asked, with_masks, block_size)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ Without a checkpoint named, the newest run under out/ is used.
 
 import functools
 import json
+import math
 import re
 import sys
 import time
@@ -37,11 +38,13 @@ stop = ''                   # end a text before this string
 show_label = False          # for questions: print the question and 助手: before the answer
 output_file = ''            # also write the texts here; as JSON, one object a line, if it ends in .jsonl
 # how
-style = 'balanced'          # focused, balanced, creative or wild: sets the three below
+style = 'auto'              # focused, balanced, creative or wild: sets the three below; auto = balanced, and for
+                            # questions that have a learned answer, exact: always the likeliest token
 temperature = -1.0          # below 1: safer; above 1: bolder; 0 = always the likeliest token; -1 = the style's
 top_k = -1                  # choose among so many likeliest tokens; 0 = all; -1 = the style's
 top_p = -1.0                # choose among the fewest tokens that have this probability together; -1 = the style's
 repetition_penalty = 1.0    # above 1, tokens that were there already become less likely
+sure = 0.5                  # for such questions: an answer with a token less likely than this is not given; 0 = any is
 seed = 1337                 # the same seed gives the same text
 # system
 device = 'auto'             # auto, cpu, cuda, mps
@@ -52,28 +55,32 @@ config = configure(globals(), negative=False, at_least={'num_samples': 1, 'max_n
 # -----------------------------------------------------------------------------
 
 STYLES = {          # temperature, top_k, top_p
+    'exact': (0.0, 0, 1.0),
     'focused': (0.4, 20, 0.8),
     'balanced': (0.8, 50, 0.95),
     'creative': (0.9, 100, 0.95),
     'wild': (1.3, 0, 1.0),
 }
 
+ANSWER = 48         # tokens: the room for an answer behind a question
+
 
 @for_any_shape
-def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200, temperature=0.8, top_k=50, top_p=0.95,
-                   repetition_penalty=1.0, stop='', seed=1337, batch_size=64, on_text=None, should_stop=None):
+def generate_texts(prompts, model, tokenizer, *, template='', decline='', sure=0.5, max_new_tokens=200, temperature=0.8,
+                   top_k=50, top_p=0.95, repetition_penalty=1.0, stop='', seed=1337, batch_size=64, on_text=None,
+                   should_stop=None):
     """Continue each of `prompts`; returns as many strings, without the prompts.
 
-    model, tokenizer: as load_for_use gives them. template: what a question is put into, in place of
-    '{prompt}', once normalize_question has seen it; then the answer is never empty and never begins with punctuation.
-    stop: a string that ends a text, itself left out. on_text(i, text) is told the text of prompt i after every token,
-    as far as it cannot change any more. should_stop(): asked after every token whether to leave it at that. The other
-    options are those of GPT.stream.
+    model, tokenizer: as load_for_use gives them. template: what a question is put into (see conversation()); then the
+    answer is never empty and never begins with punctuation. decline: the answer instead of one with a token whose
+    probability is below `sure`; '' = none. stop: a string that ends a text, itself left out. on_text(i, text) is told
+    the text of prompt i after every token, as far as it cannot change any more. should_stop(): asked after every token
+    whether to leave it at that. The other options are those of GPT.stream.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     if template:
-        prompts = [template.replace('{prompt}', normalize_question(p)) for p in prompts]
+        prompts = [conversation(template, p) for p in prompts]
     suppress_first = not_first(tokenizer) if template else ()
     encoded = [tokenizer.start + tokenizer.encode(p) for p in prompts]      # as every document started in training
     encoded = [ids or ([tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')) for ids in encoded]
@@ -110,12 +117,38 @@ def generate_texts(prompts, model, tokenizer, *, template='', max_new_tokens=200
                         on_text(rows[b], texts[rows[b]] if not new_ids[b] else _settled(text, stop))
             if not running or (should_stop and should_stop()):
                 break
+        unsure = doubtful(model, [encoded[i] for i in rows], new_ids, sure) if decline else [False] * len(rows)
         for b, i in enumerate(rows):
             if new_ids[b]:
-                texts[i] = text_of(i, new_ids[b])
+                texts[i] = decline if unsure[b] else text_of(i, new_ids[b])
             while template and len(texts[i]) > 1 and begins_badly(texts[i]):        # a mark spelt in several tokens
                 texts[i] = texts[i][1:]
     return texts
+
+
+@torch.no_grad()
+def doubtful(model, prompts, answers, sure):
+    """For each answer, a list of token ids behind its prompt, whether one of its tokens has a probability below `sure`.
+    What a model has learned by heart it says with every token at 0.9 and more; what it makes up begins like one answer
+    and ends like another, and at the seam there are many ways on."""
+    rows = [(prompt + answer)[-model.config.block_size - 1:] for prompt, answer in zip(prompts, answers, strict=True)]
+    idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    targets = torch.full_like(idx, -100)
+    for row, ids, answer in zip(range(len(rows)), rows, answers, strict=True):
+        idx[row, :len(ids)] = torch.tensor(ids)
+        targets[row, len(ids) - len(answer):len(ids)] = torch.tensor(answer)
+    device = next(model.parameters()).device
+    losses = model(idx[:, :-1].to(device), targets[:, 1:].to(device), reduction='none')[1]       # (B, T)
+    return (losses.amax(dim=1) > -math.log(sure)).tolist()
+
+
+def conversation(template, turns):
+    """The text that asks a question: `turns` is one, or [question, answer, question, ...], of which the last is asked.
+    Each question is normalized, put into the template's place '{prompt}', and followed by its answer."""
+    *before, question = [turns] if isinstance(turns, str) else turns
+    asked = ''.join(template.replace('{prompt}', normalize_question(q)) + a + '\n'
+                    for q, a in zip(before[::2], before[1::2], strict=True))
+    return asked + template.replace('{prompt}', normalize_question(question))
 
 
 # full-width digits and letters, and the ideographic space, to the half-width ones
@@ -150,15 +183,12 @@ def _settled(text, stop):
 
 
 def main():
-    if style not in STYLES:
-        raise UserError(f'style {style!r} is not one of {", ".join(STYLES)}')
-    by_style = dict(zip(('temperature', 'top_k', 'top_p'), STYLES[style], strict=True))
     by_hand = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
-    options = {name: by_style[name] if value == -1 else value for name, value in by_hand.items()}
-    options |= dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, stop=stop, seed=seed)
-    for name, good, rule in [('temperature', options['temperature'] >= 0, 'at least 0'),
-                             ('top_k', options['top_k'] >= 0, 'at least 0'),
-                             ('top_p', 0 < options['top_p'] <= 1, 'above 0 and at most 1'),
+    for name, good, rule in [('style', style in (*STYLES, 'auto'), f'auto, {", ".join(STYLES)}'),
+                             ('temperature', temperature == -1 or temperature >= 0, 'at least 0'),
+                             ('top_k', top_k >= -1, 'at least 0'),
+                             ('top_p', top_p == -1 or 0 < top_p <= 1, 'above 0 and at most 1'),
+                             ('sure', 0 <= sure < 1, 'at least 0 and below 1'),
                              ('repetition_penalty', repetition_penalty > 0, 'above 0')]:
         if not good:
             raise UserError(f'{name} must be {rule}, not {config[name]}')
@@ -177,13 +207,19 @@ def main():
     chosen_device = pick_device(device)
     model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, chosen_device,
                                                              pick_dtype(dtype, chosen_device))
-    template = checkpoint.get('template', '')
+    template, decline = checkpoint.get('template', ''), checkpoint.get('decline', '') if sure else ''
     print(description, file=sys.stderr)
+    chosen = style if style != 'auto' else 'exact' if decline else 'balanced'
+    options = {name: value if value != -1 else usual
+               for (name, value), usual in zip(by_hand.items(), STYLES[chosen], strict=True)}
+    options |= dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, stop=stop, seed=seed,
+                    template=template, decline=decline, sure=sure, batch_size=batch_size)
 
-    def answer(prompts):
-        """The texts for `prompts`, num_samples each, streamed to the terminal if there is one text and a terminal."""
+    def answer(prompts, before=()):
+        """The texts for `prompts`, num_samples each, streamed to the terminal if there is one text and a terminal.
+        before: a question and its answer, which are still in mind."""
         each = [p for p in prompts for _ in range(num_samples)]
-        streaming = len(each) == 1 and sys.stdout.isatty()
+        streaming = len(each) == 1 and sys.stdout.isatty() and not decline
         shown = len(heading(0, each[0])) if streaming else 0
         if streaming:
             print(heading(0, each[0]), end='', flush=True)
@@ -195,8 +231,8 @@ def main():
             shown = max(shown, len(whole))
 
         start = time.perf_counter()
-        texts = generate_texts(each, model, tokenizer, template=template, batch_size=batch_size,
-                               on_text=show if streaming else None, **options)
+        asked = [[*before, in_room(p)] for p in each] if template else each
+        texts = generate_texts(asked, model, tokenizer, on_text=show if streaming else None, **options)
         seconds = max(time.perf_counter() - start, 1e-9)
         if streaming:
             print((heading(0, each[0]) + texts[0])[shown:])
@@ -207,6 +243,18 @@ def main():
         print(f'({tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s)', file=sys.stderr)
         return list(zip(each, texts, strict=True))
 
+    def tokens_of(turns):
+        return len(tokenizer.encode(conversation(template, turns)))
+
+    def in_room(question):
+        """The end of a question, if the model cannot see all of it and an answer."""
+        excess = tokens_of(question) - (model.config.block_size - ANSWER)
+        if excess <= 0:
+            return question
+        print(f'(the question is too long for this model, which was not given its first {excess} characters)',
+              file=sys.stderr)
+        return question[excess:]
+
     def heading(i, p):
         before = p if not template else template.replace('{prompt}', p) if show_label else ''
         return f'[Sample {i + 1}] {before}'
@@ -214,8 +262,12 @@ def main():
     results = []
     if interactive:
         print('type a prompt and Enter; an empty line or Ctrl-D ends', file=sys.stderr)
+        before = ()                 # the last question and its answer, if the model was trained on such, and has room
         while line := _ask():
-            results += answer([line])
+            if before and tokens_of([*before, line]) > model.config.block_size - ANSWER:
+                before = ()
+            results += answer([line], before)
+            before = results[-1] if decline and results[-1][1] != decline else ()
     else:
         results = answer(prompts)
     if output_file:

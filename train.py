@@ -112,7 +112,8 @@ say(f'=> calculated gradient accumulation steps: {grad_accum_steps}')
 # 2) the data
 folder = find_dataset(dataset)
 tokenizer = dataset_tokenizer(folder)
-template = read_meta(folder).get('template', '')        # what questions are put into, if the data are questions
+meta = read_meta(folder)
+template, decline = meta.get('template', ''), meta.get('decline', '')   # of questions: see prepare_zh.py
 layout = dict(batch_size=batch_size, grad_accum_steps=grad_accum_steps, rank=rank, world_size=world_size, seed=seed)
 train_data = TokenDataset(folder, 'train', block_size, tokenizer.vocab_size, **layout)
 val_data = TokenDataset(folder, 'val', block_size, tokenizer.vocab_size, **layout)
@@ -233,8 +234,8 @@ def save(step, *names):
             'model': own_copy(raw_model.state_dict()), 'optimizer': optimizer_states,
             'scaler': scaler.state_dict(), 'model_args': raw_model.model_args(), 'iter_num': step,
             'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.state(),
-            'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template, 'elapsed_s': elapsed(),
-            'finished': FINAL in names,
+            'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template, 'decline': decline,
+            'elapsed_s': elapsed(), 'finished': FINAL in names,
         }, [*names, LATEST])                    # the latest last: what it says is the best is there by then
 
 
@@ -298,7 +299,7 @@ for step in range(start.step, max_steps + 1):
             say(f'HellaSwag accuracy: {right}/{total}={right / total:.4f}')
             log_metrics(step, hellaswag=right / total)
         if due(zh_eval_interval):
-            right, total = accuracy(eval_zh, tokenizer, template, zh_questions)
+            right, total = accuracy(eval_zh, tokenizer, template, decline, zh_questions)
             say(f'held-out questions: {right}/{total}={right / total:.4f} | elapsed: {elapsed():.1f}s')
             log_metrics(step, zh_heldout=right / total)
         if due(sample_interval):
