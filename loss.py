@@ -37,8 +37,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p.exp_().scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
                 p = p.mul_(wanted).to(dtype)
                 grad_x[i:i + rows] = p @ w
-                part = p.t() @ xi                            # (V, C)
-                grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
+                if ctx.needs_input_grad[1]:                  # with adapters, nobody asks
+                    part = p.t() @ xi                        # (V, C)
+                    grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
             p = part = None                                  # before the next are made
         ctx.grads = grad_x, grad_w
         return loss
@@ -46,7 +47,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         (grad_x, grad_w), ctx.grads = ctx.grads, None        # scaled in place, and so for one backward pass only
-        return grad_x.mul_(grad_loss), grad_w.mul_(grad_loss), None, None, None
+        return grad_x.mul_(grad_loss), None if grad_w is None else grad_w.mul_(grad_loss), None, None, None
 
 
 def token_losses(x, head, targets):

@@ -131,6 +131,20 @@ def test_gradients_in_float16_are_summed_over_few_enough_rows_not_to_overflow():
     assert weight.grad.tolist() == [[-150_000] * 2, [150_000] * 2]      # softmax is a half; float16 ends at 65,504
 
 
+def test_the_output_layers_gradient_is_made_only_if_it_is_asked_for():
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(7, 8), torch.randn(20, 8), torch.randint(20, (7,))
+    grads = []
+    for trained in (True, False):
+        z, w = x.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        loss = LinearCrossEntropy.apply(z, w, targets, torch.float32, True)
+        assert (loss.grad_fn.grads[1] is not None) == trained
+        loss.backward()
+        grads.append(z.grad)
+        assert (w.grad is not None) == trained
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_activations_made_twice_give_the_gradients_of_those_kept(shape, dtype, monkeypatch):
