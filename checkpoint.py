@@ -19,6 +19,7 @@ from dataset import dataset_tokenizer, find_dataset
 from device import DTYPES, from_everyone, load_optimizer
 from files import beside, replace, write_atomically
 from huggingface import GPT2_NAMES, is_published, load_published, near_folder, same_model
+from lora import add_adapters, merge_adapters
 from model import GPT, GPTConfig
 from quantize import to_int8
 from tokenizer import from_state
@@ -168,8 +169,9 @@ def pick_checkpoint(init_from, out_dir):
     return load_newest(folder)
 
 
-def build_model(checkpoint, path='checkpoint', **changes):
+def build_model(checkpoint, path='checkpoint', merged=True, **changes):
     """The GPT that a checkpoint holds, on the CPU, in evaluation mode; `changes` are settings such as dropout=0.1.
+    If it has adapters, they become part of the weights, but for merged=False.
 
     Raises UserError if weights are missing, superfluous or of another shape.
     """
@@ -180,6 +182,8 @@ def build_model(checkpoint, path='checkpoint', **changes):
         model.load_state_dict(checkpoint['model'])
     except (RuntimeError, ValueError, TypeError) as e:
         raise UserError(f'{path} does not fit this model: {" ".join(str(e).split())[:300]}') from None
+    if merged and model.config.lora_rank:
+        merge_adapters(model)
     return model.eval()
 
 
@@ -263,6 +267,9 @@ def start_from(config, tokenizer):
         if init_from == 'resume' or (init_from != 'scratch' and find_checkpoints(out_dir)):
             start = _resumed(config, wanted, tokenizer)
         elif init_from in OURS:
+            if wanted.lora_rank:
+                raise UserError(f'lora_rank={wanted.lora_rank} trains adapters beside weights that are trained; '
+                                'name those:\n--init_from=gpt2, or a checkpoint')
             start = Start(GPT(wanted), init_from)
         else:
             start = _with_weights(config, wanted, tokenizer)
@@ -283,7 +290,7 @@ def _resumed(config, wanted, tokenizer):
         raise UserError(f'{config["out_dir"]} holds a run that began with init_from={began!r}, not {init_from!r};\n'
                         'choose another --out_dir, or delete that folder to begin again')
     for name, value in GPTConfig(**checkpoint['model_args']).__dict__.items():
-        fixed = name != 'dropout' if began in OURS else name == 'block_size'
+        fixed = name != 'dropout' if began in OURS else name == 'block_size' or name.startswith('lora_')
         if fixed and value != getattr(wanted, name):
             raise UserError(f'{path} has {name}={value}, these settings have {name}={getattr(wanted, name)};\n'
                             + NEW_START)
@@ -297,7 +304,7 @@ def _resumed(config, wanted, tokenizer):
     changed = [f'{name} {before[name]} -> {value}' for name, value in config.items()
                if name != 'init_from' and before.get(name, value) != value]
     states = checkpoint['optimizer']
-    return Start(build_model(checkpoint, path, dropout=config['dropout']), began, path=path, step=step,
+    return Start(build_model(checkpoint, path, merged=False, dropout=config['dropout']), began, path=path, step=step,
                  said=f'resuming from {path} at step {step}' + (f', with {", ".join(changed)}' if changed else ''),
                  best_val_loss=float(checkpoint['best_val_loss']), elapsed_s=checkpoint.get('elapsed_s', 0.0),
                  finished=step == max_steps and checkpoint.get('finished', False),
@@ -316,7 +323,12 @@ def _with_weights(config, wanted, tokenizer):
     model = build_model(checkpoint, path, dropout=config['dropout'], **isolated)
     if config['block_size'] != model.config.block_size:
         model.crop_block_size(config['block_size'])
-    return Start(model, config['init_from'], f'starting from the weights of {path}', path)
+    said = f'starting from the weights of {path}'
+    if wanted.lora_rank:
+        before = model.num_params()
+        add_adapters(model, wanted.lora_rank, wanted.lora_alpha, wanted.lora_targets)
+        said += f', beside which {model.num_params() - before:,} are trained, {model.num_params() / before - 1:.2%}'
+    return Start(model, config['init_from'], said, path)
 
 
 def _same_tokenizer(checkpoint, path, tokenizer, config, advice):

@@ -112,7 +112,8 @@ _CALLED_ELSEWHERE = {
     'checkpoint_interval': 'save_steps always_save_checkpoint', 'dataset': 'data_dir', 'temperature': 'temp',
     'init_from': 'resume resume_from_checkpoint model model_name_or_path model_path checkpoint ckpt_path',
     'tensorboard': 'wandb_log wandb_project wandb_run_name report_to', 'prompt': 'start',
-    'max_new_tokens': 'max_tokens max_length', 'num_samples': 'num_return_sequences',
+    'max_new_tokens': 'max_tokens max_length', 'num_samples': 'num_return_sequences', 'lora_rank': 'lora_r r lora',
+    'lora_targets': 'target_modules lora_target_modules lora_modules',
 }
 
 

@@ -47,10 +47,10 @@ WORDS = {('ByteLevel',): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm', (QWEN2,): '
 
 def export_int8(path, checkpoint, target):
     model = build_model(checkpoint, path)
-    kept = {key: checkpoint[key] for key in ('model_args', 'iter_num', 'config', 'tokenizer', 'tokenizer_fingerprint',
+    kept = {key: checkpoint[key] for key in ('iter_num', 'config', 'tokenizer', 'tokenizer_fingerprint',
                                              'template', 'decline', 'start', 'eot') if key in checkpoint}
     float_bytes = 4 * model.num_params()
-    kept |= {'model': to_int8(model).state_dict(), 'quantized': 'int8'}
+    kept |= {'model': to_int8(model).state_dict(), 'model_args': model.model_args(), 'quantized': 'int8'}
     write_atomically(target, lambda f: torch.save(kept, f))
     size = target.stat().st_size
     print(f'{path}: {float_bytes / 1e6:.2f} MB of float32 weights')

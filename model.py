@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from lora import add_adapters
 from loss import LinearCrossEntropy, token_losses
 from muon import Muon
 from quantize import Int8Linear
@@ -61,6 +62,9 @@ class GPTConfig:
     tie_weights: bool = True        # the output layer is the token embedding
     qk_norm: bool = False           # RMS-normalise each head's queries and keys
     document_token: int = -1        # the id that begins a document, which attention does not look beyond; -1 = it may
+    lora_rank: int = 0              # width of the adapters, see lora.py; 0 = there are none
+    lora_alpha: int = 16
+    lora_targets: str = 'c_attn,c_proj,c_fc'
 
     def __post_init__(self):
         """Fill in what follows from the rest. Raises ValueError for a shape that cannot be."""
@@ -265,6 +269,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+        if config.lora_rank:
+            add_adapters(self, config.lora_rank, config.lora_alpha, config.lora_targets)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -366,9 +372,11 @@ class GPT(nn.Module):
         """Floating-point operations of training on one token, forward and backward: 6N + 12 * layers * C * T.
 
         PaLM (Chowdhery et al. 2022), appendix B: 2 a parameter forwards, 4 backwards, and the attention products.
+        Of the 4, those 2 that lead to a weight's own gradient are spared where adapters are trained in its place.
         """
-        c = self.config
-        return 6 * self.num_params(non_embedding=True) + 12 * c.n_layer * c.n_embd * c.block_size
+        c, n = self.config, self.num_params(non_embedding=True)
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad) if c.lora_rank else n
+        return 4 * n + 2 * trained + 12 * c.n_layer * c.n_embd * c.block_size
 
     def crop_block_size(self, block_size):
         """Shorten the context, for instance of published weights, to `block_size` tokens. Raises ValueError."""
@@ -410,6 +418,7 @@ class GPT(nn.Module):
             raise ValueError(f'optimizer {optimizer!r} is not one of adamw, muon')
         others = [p for name, p in decay.items() if not (hidden and name.startswith('transformer.h.'))]
         groups = [{'params': others, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
+        groups = [group for group in groups if group['params']]     # adapters are all matrices, and all in blocks
 
         def build(kind, params, **options):
             if zero:
@@ -417,7 +426,9 @@ class GPT(nn.Module):
                 return ZeroRedundancyOptimizer(params, optimizer_class=kind, **options)
             return kind(params, **options)
 
-        optimizers = [build(torch.optim.AdamW, groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)]
+        optimizers = []
+        if groups:
+            optimizers.append(build(torch.optim.AdamW, groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
         if hidden:
             optimizers.append(build(Muon, hidden, lr=learning_rate, weight_decay=weight_decay))
             if verbose:

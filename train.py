@@ -77,6 +77,10 @@ weight_decay = 0.1              # on tensors of two dimensions and more
 beta1 = 0.9                     # AdamW
 beta2 = 0.95                    # AdamW
 grad_clip = 1.0                 # the largest norm of the gradient; 0 = no limit
+# adapters (LoRA, Hu et al. 2021) beside the weights of init_from, which then stay as they are
+lora_rank = 0                   # their width; 0 = all weights are trained
+lora_alpha = 16                 # what they add is multiplied by lora_alpha / lora_rank
+lora_targets = 'c_attn,c_proj,c_fc'     # the linear layers that have them; attn.c_proj and mlp.c_proj name one of two
 # schedule
 max_steps = 19073               # optimizer steps; 19,073 * 524,288 = 10 billion tokens
 warmup_steps = 715              # steps over which the learning rate rises to its peak
@@ -88,7 +92,7 @@ compile = 'auto'                # torch.compile: auto (on a GPU), true, false
 zero = 0                        # 1: each process keeps only its part of the optimizer's state (ZeRO stage 1)
 seed = 1337                     # of the weights, the order of the data, and dropout
 config = configure(globals(), presets=PRESETS, negative=False,      # a config file and --key=value may change these
-                   at_least={'batch_size': 1, 'block_size': 1, 'eval_iters': 1, 'log_interval': 1},
+                   at_least={'batch_size': 1, 'block_size': 1, 'eval_iters': 1, 'log_interval': 1, 'lora_alpha': 1},
                    at_most={'seed': (1 << 31) - 1, 'n_layer': 10_000, 'batch_size': 1_000_000},
                    one_of={'optimizer': ('adamw', 'muon'), 'zero': (0, 1)})
 # -----------------------------------------------------------------------------
@@ -263,7 +267,7 @@ def due(interval):
 # training; the loop runs once more than it trains, so that the end is evaluated, too
 
 x, y = get_batch(start.step, 0)
-room = 8 * raw_model.num_params()               # bytes: what a checkpoint has of each weight, and at least one moment
+room = sum(4 * p.numel() * (1 + p.requires_grad) for p in raw_model.parameters())      # bytes: weights, and a moment
 release = claim(out_dir, room) if rank == 0 else None       # one run at a time in a folder
 log_metrics = MetricsLog(out_dir, start.step, tensorboard, active=rank == 0)
 saver = BackgroundSaver(out_dir, keep_checkpoints)
