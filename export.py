@@ -3,12 +3,15 @@
     python export.py --init_from=out/zh --format=int8
     python export.py --init_from=out/gpt2 --format=hf --out=my-gpt2 [--push=user/name]
     python export.py --init_from=out/gpt2 --format=gguf [--gguf_type=f16]
+    python export.py --init_from=out/shakespeare_lora --format=lora
 
 int8: a checkpoint about a quarter as large, which sample.py and eval_zh.py load as any other and which decodes faster
 on a CPU. It holds weights only, each matrix as int8 with a scale for every row, and cannot be trained further.
 hf: a folder that `transformers` loads with no code of ours: GPT-2 shapes as GPT2LMHeadModel, Llama-class shapes as
 LlamaForCausalLM, with the tokenizer and a model card. The way back: --init_from=FOLDER.
 gguf: a file with all of it, of the same shapes, that llama.cpp, Ollama and what else is built on them run and serve.
+lora: a folder with the adapters that train.py made with --lora_rank, a few megabytes, which `peft` puts beside the
+weights they were trained with: PeftModel.from_pretrained(base, FOLDER). In the other formats they are part of these.
 """
 
 import json
@@ -25,17 +28,18 @@ import torch
 from checkpoint import build_model, pick_checkpoint, tokenizer_of
 from download import offline
 from files import write_atomically
-from huggingface import Unsupported, export_tensors, family_of, save_folder, tokenizer_files
+from huggingface import (GPT2_NAMES, Unsupported, export_tensors, family_of, is_published, save_adapters, save_folder,
+                         tokenizer_files)
 from quantize import to_int8
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint, a published model, or a folder; auto = out_dir, or the newest run in it
 out_dir = 'out'             # where runs are
-format = 'int8'             # int8, hf or gguf
+format = 'int8'             # int8, hf, gguf or lora
 gguf_type = 'q8_0'          # for gguf, what its matrices are kept in: f32, f16 or q8_0
-out = ''                    # what to write; '' = int8.pt, the folder hf, or q8_0.gguf, beside the checkpoint
+out = ''                    # what to write; '' = int8.pt, q8_0.gguf, or the folder hf or lora, beside the checkpoint
 push = ''                   # for hf: upload the folder to this user/name on the Hugging Face hub, too
-config = configure(globals(), one_of={'format': ('int8', 'hf', 'gguf'), 'gguf_type': ('f32', 'f16', 'q8_0')})
+config = configure(globals(), one_of={'format': ('int8', 'hf', 'gguf', 'lora'), 'gguf_type': ('f32', 'f16', 'q8_0')})
 # -----------------------------------------------------------------------------
 
 # How words are cut, by the regular expressions or types in a tokenizer.json, and what llama.cpp calls the same
@@ -58,8 +62,6 @@ def export_int8(path, checkpoint, target):
 
 
 def export_hf(path, checkpoint, target):
-    if target.exists() and (not target.is_dir() or any(target.iterdir()) and not (target / 'config.json').is_file()):
-        raise UserError(f'{target} holds something else than an export; choose another --out')
     model, tokenizer = build_model(checkpoint, path), tokenizer_of(checkpoint, path)
     save_folder(target, asdict(model.config), model.state_dict(), tokenizer, tokenizer.start,
                 checkpoint.get('template', ''), model_card(path, checkpoint, model))
@@ -171,6 +173,16 @@ def describe_tokenizer(writer, tokenizer, block_size, template):
         print('note: several blanks before a character that has no token of its own may be other tokens in llama.cpp')
 
 
+def export_lora(path, checkpoint, target):
+    model, began = build_model(checkpoint, path, merged=False), checkpoint.get('config', {}).get('init_from', '')
+    if not model.config.lora_rank:
+        raise UserError(f'{path} has no adapters: it was not trained with --lora_rank; --format=hf exports all weights')
+    base = GPT2_NAMES.get(began, began) if is_published(began) else None
+    n = save_adapters(target, model.model_args(), model.state_dict(), base)
+    print(f'{target}: {n:,} parameters of adapters, for PeftModel.from_pretrained(base, {str(target)!r})')
+    print(f'base: {base or f"what python export.py --init_from={began} --format=hf writes"}')
+
+
 def model_card(path, checkpoint, model):
     """README.md of the folder: what the model is and how it was trained, as far as the checkpoint says."""
     settings, shape = checkpoint.get('config', {}), model.config
@@ -223,13 +235,18 @@ def main():
     if checkpoint.get('quantized'):
         raise UserError(f'{path} is {checkpoint["quantized"]} already; export from the checkpoint it was made of')
     beside = Path(out_dir) if not Path(path).exists() else Path(path) if Path(path).is_dir() else Path(path).parent
-    target = Path(out) if out else beside / {'int8': 'int8.pt', 'hf': 'hf', 'gguf': f'{gguf_type}.gguf'}[format]
+    target = Path(out) if out else beside / {'int8': 'int8.pt', 'gguf': f'{gguf_type}.gguf'}.get(format, format)
     if not target.parent.is_dir():
         raise UserError(f'there is no folder for out={str(target)!r}; make it first')
+    mark = {'hf': 'config.json', 'lora': 'adapter_config.json'}.get(format)     # what a folder of ours has
+    if target.exists() and mark and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
+        raise UserError(f'{target} holds something else than an export; choose another --out')
     if format == 'int8':
         export_int8(path, checkpoint, target)
     elif format == 'gguf':
         export_gguf(path, checkpoint, target)
+    elif format == 'lora':
+        export_lora(path, checkpoint, target)
     else:
         export_hf(path, checkpoint, target)
         if push:

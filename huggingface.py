@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 
 from configurator import UserError
 from download import DownloadError, hub_download, hub_files
+from files import write_atomically
 from tokenizer import END_OF_TEXT, from_state, gpt2_tokenizer, load_tokenizer
 
 GPT2_NAMES = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
@@ -296,14 +298,17 @@ def export_tensors(weights, args):
                           f'{", ".join(sorted(unknown)[:3])}')
     for name, theirs, transposed in table:
         tensor = weights[name].detach()
-        if transposed:
-            tensor = tensor.t()
-        head_size = args['n_embd'] // args['n_head']
-        sizes = {1: [tensor.size(0)], 2: [args['n_inner']] * 2,
-                 3: [n * head_size for n in (args['n_head'], args['n_kv_head'], args['n_kv_head'])]}[len(theirs)]
-        for t, part in zip(theirs, tensor.split(sizes), strict=True):
-            tensors[t] = part.contiguous()
+        for t, part in _split_rows(tensor.t() if transposed else tensor, theirs, args):
+            tensors[t] = part
     return tensors
+
+
+def _split_rows(tensor, theirs, args):
+    """(their name, its rows) for each of their tensors that are on top of each other in one of ours; see tensor_map."""
+    head_size = args['n_embd'] // args['n_head']
+    sizes = {1: [tensor.size(0)], 2: [args['n_inner']] * 2,
+             3: [n * head_size for n in (args['n_head'], args['n_kv_head'], args['n_kv_head'])]}[len(theirs)]
+    return [(t, part.contiguous()) for t, part in zip(theirs, tensor.split(sizes), strict=True)]
 
 
 # -----------------------------------------------------------------------------
@@ -423,3 +428,25 @@ def save_folder(out, args, weights, tokenizer, start, template='', card=''):
     for name, text in files.items():
         (out / name).write_text(text, encoding='utf-8', newline='\n')
     (out / WEIGHTS).chmod((out / 'config.json').stat().st_mode)     # save_file lets nobody else read it
+
+
+def save_adapters(out, args, weights, base):
+    """Write a model's adapters as a folder that PEFT loads; returns how many parameters these are. Raises Unsupported.
+
+    args, weights: as for save_folder. base: the name of the model beside which they stand, or None. Where they have
+    several layers for one of ours, each has all of A, and of B its own rows: the sums are the same.
+    """
+    tensors, layers = {}, set()
+    for name, theirs, _ in tensor_map(family_of(args), args):
+        a, b = (weights.get(name.removesuffix('weight') + part) for part in ('lora_A', 'lora_B'))
+        for t, rows in _split_rows(b, theirs, args) if a is not None else []:
+            layer = 'base_model.model.' + t.removesuffix('.weight')
+            tensors |= {f'{layer}.lora_A.weight': a.clone(), f'{layer}.lora_B.weight': rows}
+            layers.add(layer.split('.', 5)[5])      # what stands behind base_model.model.model.layers.0
+    config = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, 'r': args['lora_rank'],
+              'lora_alpha': args['lora_alpha'], 'target_modules': sorted(layers), 'lora_dropout': 0.0, 'bias': 'none',
+              'fan_in_fan_out': family_of(args) == 'gpt2', 'inference_mode': True}
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(out, 'adapter_model.safetensors'), lambda f: f.write(to_bytes(tensors, {'format': 'pt'})))
+    write_atomically(Path(out, 'adapter_config.json'), lambda f: f.write(json.dumps(config, indent=2).encode()))
+    return sum(t.numel() for t in tensors.values())

@@ -1,5 +1,6 @@
-"""Low-rank adapters: what they train and what they leave alone, merged and not, and resumed."""
+"""Low-rank adapters: what they train and what they leave alone, merged and not, resumed, and as PEFT reads them."""
 
+import json
 import re
 import shutil
 import sysconfig
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from checkpoint import build_model, load_checkpoint
-from huggingface import load_published
+from export import export_lora
+from huggingface import Unsupported, load_published, save_folder
 from lora import add_adapters, merge_adapters
 from model import GPT, PRESETS, GPTConfig
 from scripts import run
+from tokenizer import train_bpe
 
 SHAPES = {
     'gpt2': dict(n_layer=2, n_head=4, n_embd=32, block_size=32),
@@ -126,6 +129,39 @@ def test_merged_equals_unmerged(shape, idx):
 
 
 # -----------------------------------------------------------------------------
+# as PEFT reads them
+
+@pytest.mark.parametrize('targets', [TARGETS, 'mlp.c_proj,c_attn'])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_peft_loads_the_adapters_beside_the_base_with_the_same_logits(shape, targets, idx, tmp_path, recwarn):
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    model, tokenizer = random_model(shape), train_bpe(['the cat sat on the mat. ' * 20], 300)
+    save_folder(tmp_path / 'base', model.model_args(), model.state_dict(), tokenizer, tokenizer.start)
+    add_adapters(model, 4, 8, targets)
+    teach(model)
+    checkpoint = {'model': model.state_dict(), 'model_args': model.model_args(),
+                  'config': {'init_from': str(tmp_path / 'base')}}
+    export_lora('run', checkpoint, tmp_path / 'lora')
+    assert json.loads((tmp_path / 'lora/adapter_config.json').read_text())['base_model_name_or_path'] == str(
+        tmp_path / 'base')
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base')
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / 'lora').eval()
+    assert not [str(w.message) for w in recwarn if 'missing' in str(w.message) or 'fan_in' in str(w.message)]
+    with torch.no_grad():
+        expected = model(idx)[0]
+        assert (theirs(idx).logits - expected).abs().max() < 1e-4
+        assert (theirs.merge_and_unload()(idx).logits - expected).abs().max() < 1e-4
+        assert (build_model(load_published(str(tmp_path / 'base')))(idx)[0] - expected).abs().max() > 0.1
+
+
+def test_adapters_of_a_shape_that_transformers_has_not_are_refused_before_anything_is_written(tmp_path):
+    odd = GPT(GPTConfig(vocab_size=300, **PRESETS['teaching'], lora_rank=2))
+    with pytest.raises(Unsupported, match='mlp'):
+        export_lora('run', {'model': odd.state_dict(), 'model_args': odd.model_args()}, tmp_path / 'lora')
+    assert not (tmp_path / 'lora').exists()
+
+
+# -----------------------------------------------------------------------------
 # runs
 
 TINY = ['--batch_size=8', '--block_size=64', '--total_batch_size=0', '--eval_iters=20', '--device=cpu',
@@ -172,9 +208,11 @@ def test_adapters_of_under_two_percent_learn_another_text_and_every_script_uses_
     moments = [t for state in checkpoint['optimizer'][0]['state'].values() for t in state.values() if t.dim()]
     assert sum(t.numel() for t in moments) == 2 * int(trained.replace(',', ''))
 
-    for form, folder in (('hf', 'hf'), ('int8', 'int8.pt')):
+    for form, folder in (('hf', 'hf'), ('int8', 'int8.pt'), ('lora', 'lora')):
         done = run(place, 'export.py', '--init_from=out/adapted', f'--format={form}')
         assert done.returncode == 0 and (place / 'out/adapted' / folder).exists(), done.stderr
+    assert '--init_from=out/base --format=hf' in done.stdout        # where its base comes from
+    assert (place / 'out/adapted/lora/adapter_model.safetensors').stat().st_size < 40_000
     texts = {run(place, 'sample.py', f'--init_from=out/adapted{form}', '--temperature=0', '--dtype=float32',
                  '--max_new_tokens=40', '--prompt=def ').stdout for form in ('', '/hf')}
     assert len(texts) == 1 and '[Sample 1] def' in texts.pop()

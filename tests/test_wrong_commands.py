@@ -64,6 +64,8 @@ CASES = [       # the command, and what its message names
     ('export.py --init_from=out/tiny --push=me/mine', ['push', '--format=hf']),
     ('export.py --init_from=out/tiny --format=hf --out=data', ['data', '--out']),
     ('export.py --init_from=out/tiny --format=hf --out=nowhere/new', ['nowhere']),
+    ('export.py --init_from=out/tiny --format=lora', ['out/tiny', 'no adapters', '--lora_rank']),
+    ('export.py --init_from=out/tiny --format=lora --out=data', ['data', '--out']),
     ('export.py --init_from=out/narrow --format=hf', ['n_kv_head=1', '2']),
     ('sample.py --init_from=published', ['published', 'tokenizer.json']),
     ('sample.py --init_from=scaled', ['scaled', 'yarn']),
