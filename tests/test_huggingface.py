@@ -21,7 +21,7 @@ from hub import Hub
 from huggingface import (Unsupported, is_published, load_published, read_config, same_model, save_folder,
                          tokenizer_files)
 from model import GPT, GPTConfig
-from sample import generate_texts
+from sample import conversation, generate_texts
 from scripts import ROOT, run
 from tokenizer import gpt2_tokenizer, train_bpe, train_char
 
@@ -306,8 +306,11 @@ def test_a_chat_asks_as_in_training(start, bpe):
     files = tokenizer_files(bpe, bpe.start * start, 64, 'Q: {prompt}\n"A": ')
     theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(files['tokenizer.json']),
                                      **json.loads(files['tokenizer_config.json']))
-    ids = theirs.apply_chat_template([{'role': 'user', 'content': 'the class?'}], tokenize=True)['input_ids']
-    assert ids == bpe.start * start + bpe.encode('Q: the class?\n"A": ')
+    turns = ['the class?', 'Yes.', 'and more?']
+    for n in (1, 3):
+        talk = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns[:n])]
+        ids = theirs.apply_chat_template(talk, tokenize=True)['input_ids']
+        assert ids == bpe.start * start + bpe.encode(conversation('Q: {prompt}\n"A": ', turns[:n]))
 
 
 def gpt2_folder(factory):
