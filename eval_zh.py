@@ -17,7 +17,7 @@ import torch
 
 from checkpoint import load_for_use
 from device import pick_device, pick_dtype
-from sample import generate_texts
+from sample import generate_answers
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint file or folder; auto = out_dir, or the newest run in a folder of it
@@ -63,9 +63,9 @@ def evaluate(model, tokenizer, template, decline, questions, *, rank=0, world_si
              should_stop=None):
     """Answer this process's share of `questions`. Returns {set: [(prompt, expected, answer), ...]}."""
     mine = [(name, row) for name in questions for row in questions[name]][rank::world_size]
-    answers = generate_texts([row['prompt'] for _, row in mine], model, tokenizer, template=template, decline=decline,
-                             temperature=0, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                             should_stop=should_stop)
+    answers = generate_answers([row['prompt'] for _, row in mine], model, tokenizer, template=template, decline=decline,
+                               temperature=0, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                               should_stop=should_stop)
     results = {name: [] for name in questions}
     for (name, row), answer in zip(mine, answers, strict=True):
         results[name].append((row['prompt'], row['completion'], answer))

@@ -126,6 +126,18 @@ def generate_texts(prompts, model, tokenizer, *, template='', decline='', sure=0
     return texts
 
 
+def generate_answers(prompts, model, tokenizer, *, decline='', **options):
+    """generate_texts for questions, of which some are lists of turns: such a one is first asked by itself, and only if
+    it is declined, as it should be if it names nothing, behind the turns before it."""
+    answers = generate_texts([p if isinstance(p, str) else p[-1] for p in prompts], model, tokenizer, decline=decline,
+                             **options)
+    again = [i for i, p in enumerate(prompts) if answers[i] == decline and not isinstance(p, str) and len(p) > 1]
+    behind = generate_texts([prompts[i] for i in again], model, tokenizer, decline=decline, **options)
+    for i, answer in zip(again, behind, strict=True):
+        answers[i] = answer
+    return answers
+
+
 @torch.no_grad()
 def doubtful(model, prompts, answers, sure):
     """For each answer, a list of token ids behind its prompt, whether one of its tokens has a probability below `sure`.
@@ -231,8 +243,11 @@ def main():
             shown = max(shown, len(whole))
 
         start = time.perf_counter()
-        asked = [[*before, in_room(p)] for p in each] if template else each
-        texts = generate_texts(asked, model, tokenizer, on_text=show if streaming else None, **options)
+        if decline:
+            texts = generate_answers([[*before, in_room(p)] for p in each], model, tokenizer, **options)
+        else:
+            asked = list(map(in_room, each)) if template else each
+            texts = generate_texts(asked, model, tokenizer, on_text=show if streaming else None, **options)
         seconds = max(time.perf_counter() - start, 1e-9)
         if streaming:
             print((heading(0, each[0]) + texts[0])[shown:])

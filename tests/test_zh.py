@@ -105,7 +105,7 @@ def test_there_are_1500_facts_each_asked_in_many_ways_and_no_two_share_an_answer
         assert len(ways['train'][answer]) >= 4
         assert len(ways['val'][answer]) == len(ways['heldout'][answer]) == 1
     talk = {answer for _, (_, which, answer) in build.table(DATA / 'smalltalk.tsv', 3) if which == 'answer'}
-    more = {fact.more for fact in facts} | {build.NO_MORE, build.NOT_THAT}
+    more = {fact.more for fact in facts} | {build.NO_MORE}
     assert set(ways['train']) <= {*answers, *talk, *more, UNKNOWN}
     assert len(ways['heldout_forms']) >= 600 and set(ways['heldout_forms']) <= answers
 

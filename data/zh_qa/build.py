@@ -23,8 +23,7 @@ FIELDS = {'define': 'x', 'diff': 'ab', 'why': 'sp', 'attr': 'saq', 'how': 'v', '
 FILES = ('train', 'val', 'heldout', 'heldout_forms', 'heldout_unknown', 'heldout_slips', 'heldout_talk',
          'heldout_turns', 'heldout_near')
 FIRST = {'注意力机制': '什么是{x}？', '蒸馏水|纯水': '解释{a}与{b}区别？'}      # everybody's first questions: held out
-NO_MORE = '我知道的就是这些了，可以换个问题问我。'            # asked for more, where there is none
-NOT_THAT = '这一点我还没有学过，可以问我别的。'                # asked for a use, a reason or a way that is no fact
+NO_MORE = '我知道的就是这些了，可以换个问题问我。'            # asked for more, a use, a reason, that is no fact
 
 
 def table(path, columns, optional=0):
@@ -188,12 +187,6 @@ class Writer:
         i = self.rng.choice(places)
         return name[:i] + self.rng.choice(self.alike[name[i]]) + name[i + 1:]
 
-    def other(self, name):
-        """A name that is nearly this one and another: a character of it is one that is not alike."""
-        i = self.rng.choice([i for i, c in enumerate(name) if '\u4e00' <= c <= '\u9fff'])
-        c = self.rng.choice([c for c in self.common if c not in self.alike.get(name[i], ()) and c != name[i]])
-        return name[:i] + c + name[i + 1:]
-
     def slipped(self, fact):
         """The names of a fact, one with a slip; None if all are too short."""
         parts = fact.call(self.rng)
@@ -207,8 +200,8 @@ class Writer:
 
 
 def near_misses(writer, facts, n):
-    """n (kind, parts) that nobody knows, each close to what is known: halves of two names, a name with a noun behind it
-    or with a wrong character, the attribute of one thing asked of another, sides of two comparisons or reasons."""
+    """n (kind, parts) that nobody knows, each close to what is known: halves of two names, a name with a noun behind
+    it, the attribute of one thing asked of another, sides of two comparisons or reasons."""
     rng, found = writer.rng, []
     by_kind = {kind: [fact for fact in facts if fact.kind == kind] for kind in FIELDS}
     all_names = {name for fact in facts for part in fact.names for name in part}
@@ -218,8 +211,7 @@ def near_misses(writer, facts, n):
         kind = rng.choice(['define'] * 6 + ['attr'] * 2 + ['diff', 'why'])
         if kind == 'define':
             a, b = rng.sample(names, 2)
-            name = rng.choice([a[:rng.randint(2, len(a) - 1)] + b[-rng.randint(1, len(b) - 1):],
-                               a + writer.one('noun'), writer.other(a)])
+            name = rng.choice([a[:rng.randint(2, len(a) - 1)] + b[-rng.randint(1, len(b) - 1):], a + writer.one('noun')])
             parts = [name]
             if name in all_names or any(k in name for k in all_names if len(k) > max(2, len(name) - 2)):
                 continue
@@ -238,7 +230,7 @@ def ask_facts(writer, facts, known):
     """What it knows: some forms to learn from, one to validate on, one held out; a topic with a slip, a long question."""
     rng, forms, add = writer.rng, writer.forms, writer.add
     for number, fact in enumerate(facts):
-        drawn = writer.draw(fact.kind, rng.randint(12, 15))
+        drawn = writer.draw(fact.kind, rng.randint(13, 16))
         if fact.topic in FIRST:
             drawn = [form for form in drawn if form != FIRST[fact.topic]] + [FIRST[fact.topic]]
         parts = [names[0] for names in fact.names] if fact.topic in FIRST else fact.call(rng)
@@ -250,7 +242,7 @@ def ask_facts(writer, facts, known):
         drawn = [writer.dressed(form) for form in drawn]
         unseen = [fill(form, fact.kind, parts).rstrip('。？') for form in forms[fact.kind, 'unseen']
                   for parts in itertools.product(*fact.names)]
-        for form in drawn + [make(fact.kind) for make in (writer.loose, writer.babbled) for _ in range(3)]:
+        for form in drawn + [make(fact.kind) for make in (writer.loose, writer.babbled) for _ in range(2)]:
             question = fill(form, fact.kind, fact.call(rng))
             if not any(way in question for way in unseen):          # a slip may have made it so
                 add('train', question, fact.answer)
@@ -292,16 +284,18 @@ def second_turns(writer, facts):
         for kind in ('use', 'why', 'how'):
             other = whole.get((kind, fact.names[0][0])) if fact.kind == 'define' else None
             if other or rng.random() < 0.15:
-                follows.append((kind, other.answer if other else NOT_THAT))
+                follows.append((kind, other.answer if other else NO_MORE))
         for kind, answer in follows:
             for _ in range(3):
                 writer.add('train', rng.choice(forms['then ' + kind, 'seen']), answer, (asked(fact), fact.answer))
             if rng.random() < 0.2:
                 form = rng.choice(forms['then ' + kind, 'unseen'])
                 writer.add('heldout_turns', form, answer, (asked(fact), fact.answer))
-        if rng.random() < 0.1:          # another fact may be asked for just as well
-            other = rng.choice(facts)
-            writer.add('train', asked(other), other.answer, (asked(fact), fact.answer))
+    # by itself such a question is declined; then sample.py asks it again, behind what was said before
+    for kind in ('use', 'more', 'why', 'how'):
+        for form in forms['then ' + kind, 'seen']:
+            for question in (form, form.rstrip('。？'), writer.mistyped(form)):
+                writer.add('train', question, UNKNOWN)
 
 
 def ask_unknown(writer, facts, known):
@@ -317,12 +311,12 @@ def ask_unknown(writer, facts, known):
         name = 'heldout_unknown' if i < 220 else 'val' if i < 280 else 'train'
         drawn = writer.draw(kind, 1)
         if name == 'train':
-            drawn = [*map(writer.dressed, writer.draw(kind, 2)), writer.loose(kind), writer.babbled(kind)]
+            drawn = [writer.dressed(drawn[0]), writer.loose(kind), writer.babbled(kind)]
             if rng.random() < 0.15:
                 drawn.append(writer.one('long').replace('{q}', writer.draw(kind, 1)[0]))
         for form in drawn:
             add(name, fill(form, kind, parts), UNKNOWN)
-    for i, (kind, parts) in enumerate(near_misses(writer, facts, 3700)):
+    for i, (kind, parts) in enumerate(near_misses(writer, facts, 2200)):
         if i < 200:
             add('heldout_near', fill(rng.choice(writer.forms[kind, 'seen'][:8]), kind, parts), UNKNOWN)
         else:
