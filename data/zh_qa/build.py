@@ -242,17 +242,18 @@ def ask_facts(writer, facts, known):
         drawn = [writer.dressed(form) for form in drawn]
         unseen = [fill(form, fact.kind, parts).rstrip('。？') for form in forms[fact.kind, 'unseen']
                   for parts in itertools.product(*fact.names)]
-        for form in drawn + [make(fact.kind) for make in (writer.loose, writer.babbled) for _ in range(2)]:
-            question = fill(form, fact.kind, fact.call(rng))
-            if not any(way in question for way in unseen):          # a slip may have made it so
-                add('train', question, fact.answer)
+        questions = [fill(form, fact.kind, fact.call(rng)) for form in
+                     drawn + [make(fact.kind) for make in (writer.loose, writer.babbled) for _ in range(2)]]
         for _ in range(4):
             parts = writer.slipped(fact)
             if parts and parts != held and (fact.kind, *parts[:2]) not in known:
-                add('train', fill(writer.dressed(writer.draw(fact.kind, 1)[0]), fact.kind, parts), fact.answer)
+                questions.append(fill(writer.dressed(writer.draw(fact.kind, 1)[0]), fact.kind, parts))
         if rng.random() < 0.4:
             question = fill(rng.choice(forms[fact.kind, 'seen'][:8]), fact.kind, fact.call(rng))
-            add('train', writer.one('long').replace('{q}', question), fact.answer)
+            questions.append(writer.one('long').replace('{q}', question))
+        for question in questions:
+            if not any(way in question for way in unseen):          # as a slip may have it
+                add('train', question, fact.answer)
 
 
 def small_talk(writer):
