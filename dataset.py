@@ -190,8 +190,8 @@ def read_meta(folder):
         meta = json.loads(path.read_text(encoding='utf-8'))
         if any(Path(shard['file']).name != shard['file'] for shards in meta['shards'].values() for shard in shards):
             raise ValueError('it names files outside its folder')
-        return {'decline': '', **meta} | {key: meta[key] for key in ('tokenizer', 'fingerprint', 'vocab_size',
-                                                                     'template', 'shards')}
+        kept = {key: meta[key] for key in ('tokenizer', 'fingerprint', 'vocab_size', 'template', 'shards')}
+        return {**kept, 'decline': meta.get('decline', '')}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}); prepare the data again') from None
 

@@ -7,8 +7,8 @@
     python prepare_zh.py --teach=my_facts.tsv                   your own facts, added to what the model in out/zh knows
 
 --input takes .jsonl with {"prompt", "completion"}, {"conversations": [{"role", "content"}, ...]}, {"instruction",
-"input", "output"} or {"text"} on each line, and plain .txt. Only answers, and the end-of-text token behind each, are
-trained on; of plain text, everything is.
+"input", "output"} or {"text"} on each line, and plain .txt; of a folder with a train.jsonl and a val.jsonl, these two.
+Only answers, and the end-of-text token behind each, are trained on; of plain text, everything is.
 """
 
 import random
@@ -30,7 +30,7 @@ download = ''               # an open corpus instead: wikipedia (1.4 million art
 teach = ''                  # facts of your own, as data/zh_qa/README.md has them: prepare, train and ask, all in one
 out = 'data/zh'             # the folder to make
 tokenizer = ''              # a tokenizer.json to be used; '' = a BPE learns from the text
-vocab_size = 0              # ids of that BPE; 0 = 4096 for the set that ships, 8192 for others
+vocab_size = 0              # ids of that BPE; 0 = 4096 for such a folder, as the set that ships, 8192 for others
 single_han = True           # the BPE keeps every Chinese character by itself; false = it may join them to words
 val_fraction = 0.05         # the part of the inputs kept for validation
 encoding = 'auto'           # auto (UTF-8, or else GB18030), utf-8, gb18030, ...
@@ -101,9 +101,9 @@ def teach_facts(facts):
     """Adds the facts in a file to the model in out/zh, which makes another one, in out/my_facts, each time anew: four
     commands, each of which may be given by itself."""
     here, own = Path(__file__).resolve().parent, 'data/my_facts'
-    shutil.rmtree('out/my_facts', ignore_errors=True)
     run(SHIPPED / 'build.py', facts, own)
     run(here / 'prepare_zh.py', f'--input={own}', '--tokenizer=data/zh/tokenizer.json', f'--out={own}')
+    shutil.rmtree('out/my_facts', ignore_errors=True)
     run(here / 'train.py', here / 'config/teach_zh.py')
     run(here / 'eval_zh.py', '--init_from=out/my_facts', f'--data={own}', '--show')
 
@@ -111,12 +111,12 @@ def teach_facts(facts):
 def main():
     if teach:
         return teach_facts(teach)
-    if not input and not download:
-        run(SHIPPED / 'build.py')
     if '{prompt}' not in template:
         raise UserError("template must contain {prompt}, which the question takes the place of")
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction must be between 0 and 1, not {val_fraction}')
+    if not input and not download:
+        run(SHIPPED / 'build.py')
     paths, named = [Path(input or SHIPPED, f'{name}.jsonl') for name in ('train', 'val')], [Path(input or SHIPPED)]
     divided = not download and all(path.is_file() for path in paths)        # a folder that says what is for validation
     if not divided:

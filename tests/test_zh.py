@@ -159,6 +159,7 @@ def test_the_files_that_ship_are_what_build_py_makes_of_the_facts():
     ('facts.tsv', 'define 空格 空格不是制表符。', 'columns are expected'),
     ('facts.tsv', 'definition\t某物\t某物是一样东西。', 'no kind of fact'),
     ('facts.tsv', 'diff\t某物\t某物是一样东西。', 'parts'),
+    ('facts.tsv', 'diff\t某物|\t某物是一样东西。', 'parts'),
     ('facts.tsv', 'define\t注意力机制\t注意力机制是另一样东西。', 'already a fact, in line'),
     ('unknown_topics.tsv', 'define\t注意力机制', 'also among the facts')])
 def test_a_mistake_in_the_facts_is_named_with_file_and_line(tmp_path, file, line, said):
@@ -415,6 +416,13 @@ def test_ones_own_facts_are_asked_in_many_ways_among_what_is_known(tmp_path):
     held = load_questions(tmp_path / 'qa')
     assert held.keys() <= set(SETS) and len(held['heldout']) >= 2
     assert not {row['prompt'] for row in held['heldout']} & set(mine)
+
+
+def test_ones_own_facts_that_cannot_be_read_end_in_a_line_and_leave_what_was_learned_before(tmp_path):
+    (tmp_path / 'out/my_facts').mkdir(parents=True)
+    done = prepare(tmp_path, '--teach=nowhere.tsv')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'nowhere.tsv' in done.stderr
+    assert (tmp_path / 'out/my_facts').is_dir()
 
 
 def test_ones_own_facts_may_not_be_known_already(tmp_path):

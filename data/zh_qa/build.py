@@ -28,8 +28,12 @@ NO_MORE = '我知道的就是这些了，可以换个问题问我。'           
 
 def table(path, columns, optional=0):
     """The lines of a .tsv as lists; one that has not so many columns ends the program, with file and line."""
+    try:
+        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        complain(path, 1, f'it cannot be read as UTF-8 text: {e}')
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding='utf-8-sig').splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith('#'):
             row = [part.strip() for part in line.split('\t')]
             if not columns <= len(row) <= columns + optional or not all(row):
@@ -68,7 +72,7 @@ def read_facts(path, known=()):
     for number, (kind, topic, *answer) in table(path, 3, optional=1):
         if kind not in FIELDS:
             complain(path, number, f'{kind!r} is no kind of fact; there are {", ".join(FIELDS)}')
-        if len(topic.split('|')) != len(FIELDS[kind]):
+        if len(topic.split('|')) != len(FIELDS[kind]) or not all(topic.replace('=', '|').split('|')):
             complain(path, number, f'the topic of a {kind} has {len(FIELDS[kind])} parts, with | between them: {topic}')
         fact = Fact(kind, topic, *answer)
         for key in fact.keys():
