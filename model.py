@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from functions import LinearCrossEntropy, dropout, rms_norm, token_losses
 from lora import add_adapters
-from loss import LinearCrossEntropy, token_losses
 from muon import Muon
 from quantize import Int8Linear
 
@@ -88,9 +88,15 @@ class GPTConfig:
                              'must be even')
 
 
+class RMSNorm(nn.RMSNorm):
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
 def build_norm(config):
-    if config.norm == 'rmsnorm':    # x / sqrt(mean(x^2) + eps) * weight; Zhang and Sennrich 2019
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    if config.norm == 'rmsnorm':
+        return RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
@@ -126,9 +132,9 @@ class KVCache:
         return [kept.narrow(2, 0, self.length + T).narrow(0, 0, len(k)) for kept in self.layers[layer]]
 
 
-def attention(q, k, v, mask=None, dropout=0.0):
+def attention(q, k, v, mask=None, p=0.0):
     """softmax(q k^T / sqrt(hs)) v for q (B, nh, T, hs) and k, v (B, n_kv_head, S, hs): (B, nh, T, hs).
-    mask: (B or 1, 1, T, S) bool, who sees whom; without it, everyone sees what came before. dropout: its probability.
+    mask: (B or 1, 1, T, S) bool, who sees whom; without it, everyone sees what came before. p: that of dropout.
 
     Two ways to the same, which a test holds together: PyTorch's fused kernel, and where its backward pass is slow, for
     short texts on a CPU in bfloat16, three plain products, four times as fast. A change to one is a change to both.
@@ -141,7 +147,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
             k, v = (z.repeat_interleave(nh // n_kv_head, dim=1) for z in (k, v))
         # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S) -> (B, nh, T, hs), never whole in memory
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                              dropout_p=dropout, enable_gqa=k.size(1) != nh)
+                                              dropout_p=p, enable_gqa=k.size(1) != nh)
     if n_kv_head != nh:
         k, v = (z.repeat_interleave(nh // n_kv_head, dim=1) for z in (k, v))
     q, k, v = (z.transpose(0, 1).reshape(nh * B, T, hs) for z in (q, k, v))     # without a copy, if it was made before
@@ -151,7 +157,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
         unseen = torch.zeros(1, B, T, T, dtype=q.dtype).masked_fill_(~mask.transpose(0, 1), -math.inf)
         unseen = unseen.expand(nh, B, T, T).reshape(nh * B, T, T)
     scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs))
-    return (F.dropout(scores.softmax(dim=-1), dropout) @ v).view(nh, B, T, hs).transpose(0, 1)
+    return (dropout(scores.softmax(dim=-1), p) @ v).view(nh, B, T, hs).transpose(0, 1)
 
 
 def product_of(function, linear, x):
@@ -173,7 +179,6 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_size,
                                 bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, norm, rope=None, cache=None, mask=None):
         B, T, C = x.shape
@@ -183,7 +188,7 @@ class CausalSelfAttention(nn.Module):
             heads = heads.contiguous()                       # one copy here saves three of them in attention()
         q, k, v = heads.split([n_head, n_kv_head, n_kv_head])                   # (nh or n_kv_head, B, T, hs)
         if self.config.qk_norm:
-            q, k = F.rms_norm(q, (hs,)), F.rms_norm(k, (hs,))
+            q, k = rms_norm(q), rms_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)       # (B, nh or n_kv_head, T, hs)
@@ -196,26 +201,25 @@ class CausalSelfAttention(nn.Module):
         y = attention(q, k, v, mask, self.config.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)   # heads side by side again
         y = self.c_proj(y)
-        return self.resid_dropout(y) if self.training else y       # a call of nothing takes its time, too
+        return dropout(y, self.config.dropout) if self.training else y
 
 
 class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.kind = config.mlp
+        self.config = config
         _, gated = MLPS[config.mlp]
         self.c_fc = nn.Linear(config.n_embd, 2 * config.n_inner if gated else config.n_inner, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, norm):
         x = product_of(norm, self.c_fc, x)                   # (B, T, n_inner), twice that if gated
         x = product_of(self.activation, self.c_proj, x)
-        return self.dropout(x) if self.training else x
+        return dropout(x, self.config.dropout) if self.training else x
 
     def activation(self, x):
-        function, gated = MLPS[self.kind]
+        function, gated = MLPS[self.config.mlp]
         if not gated:
             return function(x)
         gate, up = x.chunk(2, dim=-1)
@@ -252,7 +256,6 @@ class GPT(nn.Module):
         if config.position == 'learned':
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.update({
-            'drop': nn.Dropout(config.dropout),
             'h': nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             'ln_f': build_norm(config),
         })
@@ -310,7 +313,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[where]                       # (T, C), the same for every row
         else:
             rope = [table[where].to(self._dtype(x)) for table in (self.rope_cos, self.rope_sin)]     # (T or B, T, hs/2)
-        x = self.transformer.drop(x)
+        x = dropout(x, self.config.dropout) if self.training else x
         for block in self.transformer.h:
             x = block(x, rope, cache, mask)
         if cache is not None:

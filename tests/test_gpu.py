@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import hellaswag
-from loss import LinearCrossEntropy
+from functions import LinearCrossEntropy
 from model import GPT, PRESETS, GPTConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

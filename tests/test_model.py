@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import model
 import muon
-from loss import LinearCrossEntropy
+from functions import LinearCrossEntropy, dropout, rms_norm
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_table, sample_next
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
@@ -318,6 +318,39 @@ def test_rmsnorm_divides_by_the_root_of_the_mean_square():
     assert torch.allclose(model.transformer.ln_f(x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('weighted', [True, False])
+def test_rmsnorms_own_gradient_is_that_of_its_formula(weighted, dtype):
+    torch.manual_seed(0)
+    given = [torch.randn(3, 5, 48).to(dtype), torch.randn(48).to(dtype) if weighted else torch.ones(48).to(dtype)]
+    x, weight = (z.clone().requires_grad_() for z in given)
+    y, grad = rms_norm(x, weight if weighted else None, 1e-2), torch.randn(3, 5, 48).to(dtype)
+    y.backward(grad)
+    exact_x, exact_weight = (z.double().requires_grad_() for z in given)
+    exact = exact_x / (exact_x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * exact_weight
+    exact.backward(grad.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    pairs = [(y, exact), (x.grad, exact_x.grad)] + [(weight.grad, exact_weight.grad)] * weighted
+    for ours, formula in pairs:
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), formula, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('p', [0.001, 0.2, 0.75])
+def test_dropout_drops_at_its_rate_and_scales_up_the_rest_in_both_directions(p, compiled):
+    torch.manual_seed(0)
+    x = torch.ones(501, 1999, dtype=torch.bfloat16, requires_grad=True)
+    y = (torch.compile(dropout) if compiled else dropout)(x, p)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and sorted(y.unique().tolist()) == [0.0, torch.tensor(1 / (1 - p)).bfloat16().item()]
+    n = y.numel()
+    assert abs((y == 0).sum().item() - p * n) < 5 * math.sqrt(n * p * (1 - p))          # five standard deviations
+    alike = ((y[:, 1:] == 0) == (y[:, :-1] == 0)).double().mean().item()                # and none hangs on the next
+    assert abs(alike - p * p - (1 - p) ** 2) < 0.005
+    assert torch.equal(dropout(x, 0.0), x)
+
+
 @pytest.mark.parametrize('shape', ['teaching', 'llama'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_isolated_documents_in_a_window_are_as_each_alone(shape, dtype):
@@ -351,7 +384,7 @@ def test_both_ways_of_attention_drop_as_many_and_scale_up_the_rest():
     torch.manual_seed(0)
     q = torch.zeros(50, 4, 64, 16)
     for x in (q, q.to(torch.bfloat16).requires_grad_()):        # fused, and plain
-        y = attention(x, torch.zeros_like(x), torch.ones_like(x), dropout=0.25).float().detach()[..., 0]
+        y = attention(x, torch.zeros_like(x), torch.ones_like(x), p=0.25).float().detach()[..., 0]
         first = y[:, :, 0].flatten()                            # a first token attends to itself alone: all or nothing
         assert first[first > 0].tolist() == pytest.approx([1 / 0.75] * int((first > 0).sum()), rel=0.01)
         assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=0.1)
