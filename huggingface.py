@@ -27,6 +27,7 @@ MODELS = Path('models')                 # downloaded weights: models/<owner>--<n
 GPT2_ACTIVATIONS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_erf', 'silu': 'silu',
                     'swish': 'silu', 'relu2': 'relu2'}
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+CHAT = ('tokenizer_config.json', 'chat_template.jinja')         # either may hold the template of a chat
 
 
 class Unsupported(UserError):
@@ -70,7 +71,7 @@ def fetch(name):
         files = {f['path']: f for f in hub_files(repo, keep=folder / 'files.json')}
     except DownloadError as e:
         raise DownloadError(str(e) if name in GPT2_NAMES else f'{name} is no folder here, and {e}') from None
-    wanted = ['config.json', 'tokenizer.json', INDEX if INDEX in files else WEIGHTS]
+    wanted = ['config.json', 'tokenizer.json', *CHAT, INDEX if INDEX in files else WEIGHTS]
     if not {'config.json', wanted[-1]} <= files.keys():
         raise Unsupported(f'{repo} on the hub has no config.json with {WEIGHTS}; only that format is read, as loading\n'
                           'others could run code. Convert it, and name the folder with --init_from')
@@ -333,6 +334,28 @@ def read_tokenizer(folder, config):
     return tokenizer, start, eos if isinstance(eos, int) and tokenizer and eos < tokenizer.vocab_size else None
 
 
+def read_chat_template(folder):
+    """(template, end): a folder's chat template in jinja, '' if it has none, and the token that ends an answer, as
+    text, or None. What transformers would tell the template of special tokens is set at its head: it stands by itself.
+    """
+    settings, template = {}, None
+    for name in ('special_tokens_map.json', CHAT[0]):               # what the second says counts
+        if Path(folder, name).is_file():
+            settings |= _read_json(Path(folder, name))
+    if Path(folder, CHAT[1]).is_file():
+        template = Path(folder, CHAT[1]).read_text(encoding='utf-8')
+    elif isinstance(template := settings.get('chat_template'), list):           # several, by name
+        named = {one['name']: one['template'] for one in template}
+        template = named.get('default') or next(iter(named.values()), None)
+    if not isinstance(template, str):
+        return '', None
+    names = [f'{kind}_token' for kind in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')]
+    special = {n: t.get('content') if isinstance(t, dict) else t for n in names if (t := settings.get(n))}
+    # each in a line of its own, of which transformers, and sample.py, leave nothing
+    head = ''.join(f'{{% set {name} = {json.dumps(text)} %}}\n' for name, text in special.items())
+    return head + template, special.get('eos_token')
+
+
 def tokenizer_files(tokenizer, start, block_size, template):
     """{'tokenizer.json': text, 'tokenizer_config.json': text} that transformers loads; start: see read_tokenizer."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -356,7 +379,9 @@ def tokenizer_files(tokenizer, start, block_size, template):
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
                 'bos_token': bpe.id_to_token(start[0]) if start else end, 'eos_token': end,
                 'clean_up_tokenization_spaces': False}
-    if template:
+    if template and '{prompt}' not in template:
+        settings['chat_template'] = template
+    elif template:
         before, behind = (json.dumps(part, ensure_ascii=False) for part in template.split('{prompt}', 1))
         bos = '{{ bos_token }}' if start else ''    # for nothing is put before what a template has made
         settings['chat_template'] = (               # as sample.conversation() has it
@@ -402,7 +427,10 @@ def load_published(name):
     """A published model as if it were a checkpoint of ours, as load_checkpoint() returns one. Raises UserError."""
     args, weights, config, folder = read_model(name)
     tokenizer, start, end = read_tokenizer(folder, config)
-    return {'model': weights, 'model_args': args, 'config': {}, 'template': '', 'tokenizer':
+    template, end_of_answer = read_chat_template(folder) if tokenizer else ('', None)
+    if end_of_answer:
+        end, = tokenizer.encode(end_of_answer, special=True)[-1:] or [end]
+    return {'model': weights, 'model_args': args, 'config': {}, 'template': template, 'tokenizer':
             tokenizer and tokenizer.state(), 'start': start, 'eot': end}
 
 

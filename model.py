@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from functions import LinearCrossEntropy, dropout, rms_norm, token_losses
+from functions import LinearCrossEntropy, Muon, dropout, rms_norm, token_losses
 from lora import add_adapters
-from muon import Muon
 from quantize import Int8Linear
 
 # Shapes by name: `GPTConfig(**PRESETS['gpt2'])`, or `python train.py --preset=gpt2`.

@@ -14,9 +14,10 @@ import re
 import sys
 import time
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
-from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
+from configurator import UserError, configure, first_line      # first: from here on, Ctrl-C is quiet
 
 import torch
 
@@ -36,6 +37,8 @@ num_samples = 1             # continuations of each prompt
 max_new_tokens = 200        # the most tokens in each of them
 stop = ''                   # end a text before this string
 show_label = False          # for questions: print the question and 助手: before the answer
+system = ''                 # what a model that chats is told before the conversation
+raw = False                 # continue the prompt as it stands, even if the model was trained to answer questions
 output_file = ''            # also write the texts here; as JSON, one object a line, if it ends in .jsonl
 # how
 style = 'auto'              # focused, balanced, creative or wild: sets the three below; auto = balanced, and for
@@ -66,24 +69,22 @@ ANSWER = 48         # tokens: the room for an answer behind a question
 
 
 @for_any_shape
-def generate_texts(prompts, model, tokenizer, *, template='', decline='', sure=0.5, max_new_tokens=200, temperature=0.8,
-                   top_k=50, top_p=0.95, repetition_penalty=1.0, stop='', seed=1337, batch_size=64, on_text=None,
-                   should_stop=None):
+def generate_texts(prompts, model, tokenizer, *, template='', system='', decline='', sure=0.5, max_new_tokens=200,
+                   temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.0, stop='', seed=1337, batch_size=64,
+                   on_text=None, should_stop=None):
     """Continue each of `prompts`; returns as many strings, without the prompts.
 
-    model, tokenizer: as load_for_use gives them. template: what a question is put into (see conversation()); then the
-    answer is never empty and never begins with punctuation. decline: the answer instead of one with a token whose
+    model, tokenizer: as load_for_use gives them. template, system: see encode_prompt(); what answers a '{prompt}' is
+    never empty and never begins with punctuation. decline: the answer instead of one with a token whose
     probability is below `sure`; '' = none. stop: a string that ends a text, itself left out. on_text(i, text) is told
     the text of prompt i after every token, as far as it cannot change any more. should_stop(): asked after every token
     whether to leave it at that. The other options are those of GPT.stream.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    if template:
-        prompts = [conversation(template, p) for p in prompts]
-    suppress_first = not_first(tokenizer) if template else ()
-    encoded = [tokenizer.start + tokenizer.encode(p) for p in prompts]      # as every document started in training
-    encoded = [ids or ([tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')) for ids in encoded]
+    asked = '{prompt}' in template
+    suppress_first = not_first(tokenizer) if asked else ()
+    encoded = [encode_prompt(p, tokenizer, template, system) for p in prompts]
 
     def text_of(i, ids):        # some tokenizers drop a space where a text begins, so it must begin with the prompt
         return tokenizer.decode(encoded[i] + ids)[len(tokenizer.decode(encoded[i])):]
@@ -121,7 +122,7 @@ def generate_texts(prompts, model, tokenizer, *, template='', decline='', sure=0
         for b, i in enumerate(rows):
             if new_ids[b]:
                 texts[i] = decline if unsure[b] else text_of(i, new_ids[b])
-            while template and len(texts[i]) > 1 and begins_badly(texts[i]):        # a mark spelt in several tokens
+            while asked and len(texts[i]) > 1 and begins_badly(texts[i]):        # a mark spelt in several tokens
                 texts[i] = texts[i][1:]
     return texts
 
@@ -154,13 +155,66 @@ def doubtful(model, prompts, answers, sure):
     return (losses.amax(dim=1) > -math.log(sure)).tolist()
 
 
-def conversation(template, turns):
-    """The text that asks a question: `turns` is one, or [question, answer, question, ...], of which the last is asked.
-    Each question is normalized, put into the template's place '{prompt}', and followed by its answer."""
+def encode_prompt(prompt, tokenizer, template='', system=''):
+    """The ids that a model reads before it goes on. prompt: a text; or with a template, which the model was trained on,
+    a question, or turns [question, answer, question, ...], of which the last is asked. A template either has a place
+    '{prompt}' for each question, or is a chat template in jinja. system: what is said before all of it."""
+    if not template:
+        ids = tokenizer.start + tokenizer.encode(prompt)                    # as every document started in training
+        return ids or ([tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n'))
+    turns = [prompt] if isinstance(prompt, str) else prompt
+    if '{prompt}' in template:
+        return tokenizer.start + tokenizer.encode(conversation(template, turns, system))
+    control = '|'.join(map(re.escape, tokenizer.special_tokens())) or '$^'  # nobody types these into a chat
+    messages = [{'role': 'system', 'content': system}] if system else []
+    messages += [{'role': ('user', 'assistant')[i % 2], 'content': re.sub(control, '', turn)}
+                 for i, turn in enumerate(turns)]
+    return tokenizer.encode(render_chat(template, messages), special=True)
+
+
+def conversation(template, turns, system=''):
+    """The text that asks a question: each of `turns` is normalized, put into the template's place '{prompt}', and
+    followed by its answer."""
     *before, question = [turns] if isinstance(turns, str) else turns
-    asked = ''.join(template.replace('{prompt}', normalize_question(q)) + a + '\n'
-                    for q, a in zip(before[::2], before[1::2], strict=True))
-    return asked + template.replace('{prompt}', normalize_question(question))
+    asked = [*before[::2], question]
+    asked[0] = f'{system}\n{asked[0]}' if system else asked[0]
+    asked = [template.replace('{prompt}', normalize_question(q)) for q in asked]
+    return ''.join(q + a + '\n' for q, a in zip(asked, before[1::2], strict=False)) + asked[-1]
+
+
+@functools.lru_cache
+def chat_environment():
+    """What transformers renders chat templates in: a sandbox, in which a template reaches and changes nothing."""
+    from jinja2 import TemplateError, ext, nodes, sandbox
+
+    class Generation(ext.Extension):            # {% generation %}, which says what an assistant says
+        tags = {'generation'}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(['name:endgeneration'], drop_needle=True), lineno=line)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                        extensions=[Generation, ext.loopcontrols])
+    environment.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals |= {'raise_exception': raise_exception,
+                            'strftime_now': lambda format: time.strftime(format)}
+    return environment
+
+
+def render_chat(template, messages):
+    """The text of a chat, up to where the assistant is to speak, by a chat template in jinja.
+    messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. Raises UserError if the template, which
+    came with the model, has mistakes, refuses these messages, or reaches for what is none of its business."""
+    try:
+        return chat_environment().from_string(template).render(messages=messages, add_generation_prompt=True,
+                                                               tools=None, documents=None)
+    except Exception as e:                      # whatever a stranger's code may raise
+        raise UserError(f'the chat template of this model does not work for this conversation: {first_line(e)}\n'
+                        'go on without it: --raw=true') from None
 
 
 # full-width digits and letters, and the ideographic space, to the half-width ones
@@ -194,42 +248,54 @@ def _settled(text, stop):
     return text
 
 
+def sampling_options(settings, exact):
+    """What generate_texts is to be told of `settings`; exact: what style 'auto' is. Raises UserError."""
+    rules = {'style': (lambda x: x in (*STYLES, 'auto'), f'auto, {", ".join(STYLES)}'),
+             'temperature': (lambda x: x == -1 or x >= 0, 'at least 0'),
+             'top_k': (lambda x: x >= -1, 'at least 0'),
+             'top_p': (lambda x: x == -1 or 0 < x <= 1, 'above 0 and at most 1'),
+             'sure': (lambda x: 0 <= x < 1, 'at least 0 and below 1'),
+             'max_new_tokens': (lambda x: x >= 1, 'at least 1'),
+             'repetition_penalty': (lambda x: x > 0, 'above 0')}
+    for name, (good, rule) in rules.items():
+        if not good(settings[name]):
+            raise UserError(f'{name} must be {rule}, not {settings[name]}')
+    style = settings['style'] if settings['style'] != 'auto' else 'exact' if exact else 'balanced'
+    of_style = dict(zip(('temperature', 'top_k', 'top_p'), STYLES[style], strict=True))
+    others = ('max_new_tokens', 'repetition_penalty', 'stop', 'seed', 'sure', 'batch_size', 'system')
+    return {name: settings[name] if settings[name] != -1 else usual for name, usual in of_style.items()} | {
+        name: settings[name] for name in others}
+
+
+def read_prompts():
+    """The prompts that the settings name. Raises UserError."""
+    if not prompts_file:
+        return [prompt]
+    try:
+        lines = Path(prompts_file).read_text(encoding='utf-8-sig').splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'the prompts in {prompts_file!r} cannot be read as UTF-8: {e}') from None
+    if not any(line.strip() for line in lines):
+        raise UserError(f'{prompts_file} has no prompts: write one a line')
+    return [line for line in lines if line.strip()]
+
+
 def main():
-    by_hand = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
-    for name, good, rule in [('style', style in (*STYLES, 'auto'), f'auto, {", ".join(STYLES)}'),
-                             ('temperature', temperature == -1 or temperature >= 0, 'at least 0'),
-                             ('top_k', top_k >= -1, 'at least 0'),
-                             ('top_p', top_p == -1 or 0 < top_p <= 1, 'above 0 and at most 1'),
-                             ('sure', 0 <= sure < 1, 'at least 0 and below 1'),
-                             ('repetition_penalty', repetition_penalty > 0, 'above 0')]:
-        if not good:
-            raise UserError(f'{name} must be {rule}, not {config[name]}')
-    prompts = [prompt]
-    if prompts_file:
-        try:
-            lines = Path(prompts_file).read_text(encoding='utf-8-sig').splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f'the prompts in {prompts_file!r} cannot be read as UTF-8: {e}') from None
-        prompts = [line for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f'{prompts_file} has no prompts: write one a line')
+    sampling_options(config, exact=False)       # a mistake in them is better found now
+    prompts = read_prompts()
     if output_file and (Path(output_file).is_dir() or not Path(output_file).parent.is_dir()):
         raise UserError(f'there is no folder for output_file {output_file!r}; make it first')
-
     chosen_device = pick_device(device)
     model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, chosen_device,
                                                              pick_dtype(dtype, chosen_device))
-    template, decline = checkpoint.get('template', ''), checkpoint.get('decline', '') if sure else ''
+    template = '' if raw else checkpoint.get('template', '')
+    decline = checkpoint.get('decline', '') if sure and not raw else ''
     print(description, file=sys.stderr)
-    chosen = style if style != 'auto' else 'exact' if decline else 'balanced'
-    options = {name: value if value != -1 else usual
-               for (name, value), usual in zip(by_hand.items(), STYLES[chosen], strict=True)}
-    options |= dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, stop=stop, seed=seed,
-                    template=template, decline=decline, sure=sure, batch_size=batch_size)
 
     def answer(prompts, before=()):
         """The texts for `prompts`, num_samples each, streamed to the terminal if there is one text and a terminal.
-        before: a question and its answer, which are still in mind."""
+        before: questions and answers that are still in mind."""
+        options = sampling_options(config, exact=decline) | dict(template=template, decline=decline)
         each = [p for p in prompts for _ in range(num_samples)]
         streaming = len(each) == 1 and sys.stdout.isatty() and not decline
         shown = len(heading(0, each[0])) if streaming else 0
@@ -243,10 +309,10 @@ def main():
             shown = max(shown, len(whole))
 
         start = time.perf_counter()
+        asked = [[*before, in_room(p)] for p in each] if template else each
         if decline:
-            texts = generate_answers([[*before, in_room(p)] for p in each], model, tokenizer, **options)
+            texts = generate_answers(asked, model, tokenizer, **options)
         else:
-            asked = list(map(in_room, each)) if template else each
             texts = generate_texts(asked, model, tokenizer, on_text=show if streaming else None, **options)
         seconds = max(time.perf_counter() - start, 1e-9)
         if streaming:
@@ -258,31 +324,44 @@ def main():
         print(f'({tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s)', file=sys.stderr)
         return list(zip(each, texts, strict=True))
 
-    def tokens_of(turns):
-        return len(tokenizer.encode(conversation(template, turns)))
+    def excess(turns):
+        """How many tokens too long a conversation is for the model to see all of it and an answer."""
+        return len(encode_prompt(turns, tokenizer, template, system)) - (model.config.block_size - ANSWER)
 
     def in_room(question):
-        """The end of a question, if the model cannot see all of it and an answer."""
-        excess = tokens_of(question) - (model.config.block_size - ANSWER)
-        if excess <= 0:
+        """The end of a question, if it is too long by itself."""
+        if (n := excess(question)) <= 0:
             return question
-        print(f'(the question is too long for this model, which was not given its first {excess} characters)',
+        print(f'(the question is too long for this model, which was not given its first {n} characters)',
               file=sys.stderr)
-        return question[excess:]
+        return question[n:]
 
     def heading(i, p):
-        before = p if not template else template.replace('{prompt}', p) if show_label else ''
+        before = p if not template else template.replace('{prompt}', p) if show_label and '{prompt}' in template else ''
         return f'[Sample {i + 1}] {before}'
 
     results = []
     if interactive:
-        print('type a prompt and Enter; an empty line or Ctrl-D ends', file=sys.stderr)
-        before = ()                 # the last question and its answer, if the model was trained on such, and has room
-        while line := _ask():
-            if before and tokens_of([*before, line]) > model.config.block_size - ANSWER:
-                before = ()
-            results += answer([line], before)
-            before = results[-1] if decline and results[-1][1] != decline else ()
+        before = []                 # questions and answers that are still in mind
+        for line in typed_lines():
+            try:
+                if line.startswith('/'):
+                    before = [] if line == '/reset' else before
+                    obey(line)
+                    continue
+                while before and excess([*before, line]) > 0:
+                    before = before[2:]
+                results += answer([line], before)
+            except KeyboardInterrupt:
+                print('(left at that)', file=sys.stderr)
+                continue
+            except UserError as e:
+                print(e, file=sys.stderr)
+                continue
+            if decline:             # such a model was trained on one question before, no more
+                before = results[-1] if results[-1][1] != decline else []
+            elif template:
+                before = [*before, *results[-1]]
     else:
         results = answer(prompts)
     if output_file:
@@ -294,11 +373,44 @@ def main():
     print('✔ Generation complete.')
 
 
-def _ask():
-    try:
-        return input('> ').strip()
-    except EOFError:
-        return ''
+# -----------------------------------------------------------------------------
+# conversation on a terminal
+
+HELP = ('/reset forgets the conversation, /quit or Ctrl-D ends; /style creative, /temperature 0.7, /top_k, /top_p,\n'
+        '/repetition_penalty, /max_new_tokens, /seed and /sure set what they name')
+
+
+def typed_lines():
+    """What is typed, line by line, until /quit or the end. Arrow keys edit a line, and fetch earlier ones."""
+    with suppress(ImportError):                 # Windows' terminal does that by itself
+        import readline                         # noqa: F401
+    if sys.stdin.isatty():
+        print(f'type a prompt and Enter; Ctrl-C ends an answer\n{HELP}', file=sys.stderr)
+    while True:
+        if sys.stdin.isatty() and not sys.stdout.isatty():          # what is piped on is to have the texts alone
+            print('> ', end='', file=sys.stderr, flush=True)
+        try:
+            line = input('> ' if sys.stdin.isatty() and sys.stdout.isatty() else '').strip()
+        except EOFError:
+            return
+        if line == '/quit':
+            return
+        if line:
+            yield line
+
+
+def obey(line):
+    """A line that begins with a stroke: /reset is done, /temperature 0.7 sets that in `config`. Raises UserError."""
+    name, _, value = line[1:].partition(' ')
+    if name in ('style', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'max_new_tokens', 'seed', 'sure'):
+        try:
+            new = {**config, name: type(config[name])(value)}
+        except ValueError:
+            raise UserError(f'{name} should be a number, not {value!r}') from None
+        sampling_options(new, exact=False)
+        config.update(new)
+    elif name != 'reset':
+        raise UserError(HELP)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,8 @@ Every tokenizer has
     eot             the id of the end-of-text token (None if there is none)
     start           the ids before every text: [eot], or [] if there is none, or what a published model wants
     bos             the id among them that is only for beginnings, as Llama has it, or None
-    encode(text)    -> list[int]; text that looks like a special token is text
+    encode(text)    -> list[int]; text that looks like a special token is text (and, but for 'char', with special=True
+                    is that token, one of special_tokens(), which a chat template writes out)
     encode_batch(texts) -> list[list[int]], on all cores
     decode(ids)     -> str; the end-of-text token decodes to nothing
     token_bytes()   -> list[int]: how many bytes of UTF-8 each id stands for, 0 for special tokens
@@ -73,21 +74,28 @@ class BPETokenizer:
             self.bpe = Tokenizer.from_str(text)
         except Exception as e:                      # the library raises nothing more particular
             raise UserError(f'this is not the content of a tokenizer.json ({e}); prepare the data again') from None
-        self.bpe.encode_special_tokens = True       # "<|endoftext|>" in a text is thirteen characters, not the token
+        self.bpe.encode_special_tokens = True       # as text, but where encode(special=True) is asked
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.vocab_size = self.bpe.get_vocab_size()
         found = [self.bpe.token_to_id(name) for name in (END_OF_TEXT, *OTHERS_END_OF_TEXT)]
         self.eot = next((i for i in found if i is not None), None)
 
-    def encode(self, text):
-        return self.encode_batch([text])[0]
+    def encode(self, text, special=False):
+        self.bpe.encode_special_tokens = not special
+        try:
+            return self.encode_batch([text])[0]
+        finally:
+            self.bpe.encode_special_tokens = True   # "<|endoftext|>" in a text is thirteen characters, not the token
 
     def encode_batch(self, texts):
         try:
             return [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
         except (UnicodeEncodeError, TypeError):
             raise UserError(HALF_PAIR) from None
+
+    def special_tokens(self):
+        return [token.content for token in self.bpe.get_added_tokens_decoder().values() if token.special]
 
     def decode(self, ids):
         return self.bpe.decode(list(ids), skip_special_tokens=True)
@@ -138,8 +146,11 @@ class GPT2Tokenizer:
         self.vocab_size = self.bpe.n_vocab
         self.eot = self.bpe.eot_token
 
-    def encode(self, text):
-        return self.bpe.encode_ordinary(_whole(text))
+    def encode(self, text, special=False):
+        return self.bpe.encode(_whole(text), allowed_special='all' if special else set(), disallowed_special=())
+
+    def special_tokens(self):
+        return [END_OF_TEXT]
 
     def encode_batch(self, texts):
         return self.bpe.encode_ordinary_batch([_whole(text) for text in texts])

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 
+import functions
 import model
-import muon
 from functions import LinearCrossEntropy, dropout, rms_norm
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_table, sample_next
 
@@ -255,11 +255,11 @@ def test_prompts_of_different_lengths_in_a_batch_continue_as_each_alone(shape):
 
 @pytest.mark.parametrize('at_a_time', [1 << 26, 3000])
 def test_muon_is_torchs_muon(at_a_time, monkeypatch):
-    monkeypatch.setattr(muon, 'AT_A_TIME', at_a_time)
+    monkeypatch.setattr(functions, 'AT_A_TIME', at_a_time)
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in ((48, 16), (16, 48), (48, 16), (16, 16), (64, 16), (48, 16))]
     mine, theirs = ([w.clone().requires_grad_() for w in start] for _ in range(2))
-    optimizers = (muon.Muon(mine, lr=0.02, weight_decay=0.1),
+    optimizers = (functions.Muon(mine, lr=0.02, weight_decay=0.1),
                   torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn='match_rms_adamw'))
     for step in range(4):
         for p, q in zip(mine, theirs, strict=True):
