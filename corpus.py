@@ -20,6 +20,7 @@ from metrics import progress_bar
 
 PIECE = 1 << 20             # characters of plain text read at a time, and encoded as one string at most
 BATCH = 1 << 22             # characters handed to the tokenizer at a time
+SHUFFLE = 1 << 16           # rows that are shuffled at a time
 KINDS = {'.txt': 'txt', '.md': 'txt', '.jsonl': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet'}
 
 Piece = namedtuple('Piece', 'file starts segments')
@@ -170,7 +171,7 @@ def _read_jsonl(path, raw, separator, template, encoding):
             talk = ('or {"prompt": "...", "completion": "..."}\nor {"conversations": [{"role": "user", "content": '
                     '"..."}, ...]}, with strings that are not empty')
             raise UserError(f'{path}:{number}: each line should be an object such as {{"text": "..."}} '
-                            + (talk if template else '(questions with answers are for prepare_zh.py)')) from None
+                            + (talk if template else '(questions with answers are for prepare_data.py)')) from None
         yield from documents
 
 
@@ -268,6 +269,20 @@ def split_pieces(pieces, fraction, rule, n_train):
                 yield 'val', Piece(piece.file, piece.starts or split == 'train', [(text[at:], trained)])
                 split = 'val'
         characters += size
+
+
+def shuffled_rows(pairs, rng):
+    """(split, piece) pairs in another order, a buffer at a time, so that what stands together in a window is not of one
+    kind. A long text in several pieces becomes several documents."""
+    buffer = []
+    for name, piece in pairs:
+        buffer.append((name, piece._replace(starts=True)))
+        if len(buffer) == SHUFFLE:
+            rng.shuffle(buffer)
+            yield from buffer
+            buffer.clear()
+    rng.shuffle(buffer)
+    yield from buffer
 
 
 # -----------------------------------------------------------------------------

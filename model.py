@@ -60,6 +60,7 @@ class GPTConfig:
     mlp: str = 'gelu'               # one of MLPS
     tie_weights: bool = True        # the output layer is the token embedding
     qk_norm: bool = False           # RMS-normalise each head's queries and keys
+    zero_init: bool = False         # what is added to the residual stream begins as nothing
     document_token: int = -1        # the id that begins a document, which attention does not look beyond; -1 = it may
     lora_rank: int = 0              # width of the adapters, see lora.py; 0 = there are none
     lora_alpha: int = 16
@@ -270,7 +271,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
-                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(p, mean=0.0, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
         if config.lora_rank:
             add_adapters(self, config.lora_rank, config.lora_alpha, config.lora_targets)
 

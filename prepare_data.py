@@ -3,16 +3,21 @@
     python prepare_data.py --dataset=python_docs                       needs no network
     python prepare_data.py --dataset=shakespeare_char
     python prepare_data.py --dataset=custom --input=my_texts/ --tokenizer=bpe --vocab_size=8192
+    python prepare_data.py --dataset=custom --input=my_chats.jsonl --tokenizer=gpt2 --out=data/chats
 
+A line of a .jsonl is {"text"}, or a conversation: {"messages": [{"role", "content"}, ...]}, {"conversations": ...},
+{"prompt", "completion"} or {"instruction", "input", "output"}. Of those, only the answers, and their ends, are learned.
 Memory stays flat however large the input is. The same input and settings give the same bytes.
 """
 
 import importlib.util
 import math
+import random
 from pathlib import Path
 
 from configurator import UserError, configure, first_line
-from corpus import Piece, find_inputs, read_documents, split_pieces, split_rule, write_dataset
+from corpus import (Piece, find_inputs, kind_of, read_documents, shuffled_rows, split_pieces, split_rule,
+                    write_dataset)
 from dataset import start_dataset
 from download import DownloadError, download, hub_download, hub_files
 from tokenizer import END_OF_TEXT, gpt2_tokenizer, load_tokenizer, train_bpe, train_char
@@ -24,9 +29,12 @@ out = ''                    # the folder to make; '' = data/<dataset>
 tokenizer = 'auto'          # char, bpe (trained on this text), gpt2, or a tokenizer.json; auto = what suits the data
 vocab_size = 0              # ids of a trained BPE; 0 = what suits the data set, mostly 32768
 val_fraction = 0.1          # the part kept for validation
+template = 'User: {prompt}\nAssistant:'   # what a question is put into, in training and in sampling
+block_size = 1024           # questions that have more tokens than this with their answers are left out, and counted
 separator = 'auto'          # what divides the documents in a .txt; '' = a file is one document; auto = what suits
 shard_size = 100_000_000    # the most tokens in a shard
-config = configure(globals(), negative=False, at_least={'shard_size': 1},
+seed = 1337                 # of the order of conversations; texts keep theirs
+config = configure(globals(), negative=False, at_least={'shard_size': 1, 'block_size': 8},
                    at_most={'shard_size': (1 << 31) - 1})      # a shard's header has room for no more
 # -----------------------------------------------------------------------------
 
@@ -83,6 +91,8 @@ def main():
                         '--input=...')
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction must be between 0 and 1, not {val_fraction}')
+    if '{prompt}' not in template:
+        raise UserError("template must contain {prompt}, which the question takes the place of")
     fetch_corpus, kind, ids, divider = CORPORA[dataset]
     kind = kind if tokenizer == 'auto' else tokenizer
     ids = vocab_size or ids or 32768
@@ -95,7 +105,7 @@ def main():
     start_dataset(folder)
 
     def documents(doing):
-        return read_documents(paths, divider, doing=doing) if paths else python_docs()
+        return read_documents(paths, divider, template, doing=doing) if paths else python_docs()
 
     # 1) how to split; for few documents this reads to the end
     rule = split_rule(documents('reading'), val_fraction)
@@ -121,8 +131,12 @@ def main():
     # 3) the shards
     how = ('documents: whole ones for validation, evenly spread' if rule[0] == 'documents'
            else f'characters: the first {rule[1]} are for training')
-    write_dataset(folder, codec, split_documents('encoding'), source, f'{how}; val_fraction={val_fraction}',
-                  shard_size=shard_size)
+    talks = [p for p in paths if kind_of(p) == 'jsonl']         # which may hold conversations: then there are masks
+    talks = talks and any(len(piece.segments) > 1 for piece in read_documents(talks, template=template))
+    pairs = split_documents('encoding')
+    write_dataset(folder, codec, shuffled_rows(pairs, random.Random(seed)) if talks else pairs, source,
+                  f'{how}; val_fraction={val_fraction}', {'template': template} if talks else (), talks, block_size,
+                  shard_size)
 
 
 if __name__ == '__main__':

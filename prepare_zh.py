@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from configurator import UserError, configure
-from corpus import find_inputs, read_documents, split_pieces, split_rule, write_dataset
+from corpus import find_inputs, read_documents, shuffled_rows, split_pieces, split_rule, write_dataset
 from dataset import start_dataset
 from download import hub_download, hub_files
 from tokenizer import load_tokenizer, train_bpe
@@ -46,7 +46,6 @@ CORPORA = {                 # repository on the hub, how its files begin, how th
     'belle': ('BelleGroup/train_0.5M_CN', 'Belle_open_source_0.5M', '.json'),
 }
 SHIPPED = Path(__file__).resolve().parent / 'data' / 'zh_qa'
-SHUFFLE = 1 << 16           # rows that are shuffled at a time
 
 
 def fetch_corpus(name):
@@ -75,19 +74,6 @@ def repeated(pieces_again, weight_of):
             copies = int((i + 1) * weight) - int(i * weight) if name == 'train' else int(weight > 0)
             if turn < copies:
                 yield name, piece
-
-
-def shuffled_rows(pairs, rng):
-    """`pairs` in another order, a buffer at a time, so that what stands together in a window is not of one kind."""
-    buffer = []
-    for pair in pairs:
-        buffer.append(pair)
-        if len(buffer) == SHUFFLE:
-            rng.shuffle(buffer)
-            yield from buffer
-            buffer.clear()
-    rng.shuffle(buffer)
-    yield from buffer
 
 
 def run(*command):
@@ -151,8 +137,7 @@ def main():
     print(f'tokenizer: {codec.kind}, {codec.vocab_size:,} ids')
     pairs = repeated(split_documents, given)
     if with_masks:
-        # a long text in several pieces becomes several documents, so that rows can be shuffled
-        pairs = shuffled_rows(((name, piece._replace(starts=True)) for name, piece in pairs), random.Random(seed))
+        pairs = shuffled_rows(pairs, random.Random(seed))
     asked = {'template': template, 'decline': decline} if with_masks else {}
     write_dataset(out, codec, pairs, ', '.join(p.name for p in named[:5]) or download,
                   f'{rule[0]}; val_fraction={val_fraction}', asked, with_masks, block_size)

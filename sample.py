@@ -65,8 +65,6 @@ STYLES = {          # temperature, top_k, top_p
     'wild': (1.3, 0, 1.0),
 }
 
-ANSWER = 48         # tokens: the room for an answer behind a question
-
 
 @for_any_shape
 def generate_texts(prompts, model, tokenizer, *, template='', system='', decline='', sure=0.5, max_new_tokens=200,
@@ -326,7 +324,9 @@ def main():
 
     def excess(turns):
         """How many tokens too long a conversation is for the model to see all of it and an answer."""
-        return len(encode_prompt(turns, tokenizer, template, system)) - (model.config.block_size - ANSWER)
+        block_size = model.config.block_size
+        room = min(config['max_new_tokens'], block_size // 3)
+        return len(encode_prompt(turns, tokenizer, template, system)) + room - block_size
 
     def in_room(question):
         """The end of a question, if it is too long by itself."""

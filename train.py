@@ -69,6 +69,7 @@ mlp = 'gelu'                    # gelu, gelu_erf, silu, swiglu or relu2
 tie_weights = True              # the output layer is the token embedding
 qkv_bias = False                # biases for queries, keys and values even where bias is off
 qk_norm = False                 # normalise queries and keys
+zero_init = False               # the projections into the residual stream begin as zeros; else as GPT-2's
 isolate_documents = False       # attention does not look beyond the start of a document; for questions with answers
 # optimizer
 optimizer = 'adamw'             # adamw, or muon (for the blocks' matrices; AdamW for the rest)

@@ -1,7 +1,9 @@
 """Published chat models: sample.py asks them through their own template, as transformers renders it, in a sandbox."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -12,8 +14,9 @@ from huggingface import load_published, read_chat_template, save_folder
 from model import GPT, GPTConfig
 from sample import encode_prompt, render_chat
 from scripts import run
-from tokenizer import from_state, train_bpe
+from tokenizer import from_state, load_tokenizer, train_bpe
 
+CONFIG = Path(__file__).resolve().parents[1] / 'config' / 'finetune_chat.py'
 TEXT = 'the cat sat on the mat. system user assistant 猫坐在垫子上。\n' * 20
 
 # each in the manner of a family of published models: what they do with line breaks, system texts and loops
@@ -263,3 +266,63 @@ def test_a_chat_that_grows_too_long_forgets_its_first_turns(place):
 def test_the_end_of_an_answer_is_the_chats_not_the_texts(place):
     theirs = AutoTokenizer.from_pretrained(place / 'published')
     assert load_published(str(place / 'published'))['eot'] == theirs.eos_token_id
+
+
+# -----------------------------------------------------------------------------
+# a model of one's own
+
+NAMES = ['Ann', 'Bob', 'Cleo', 'Dan', 'Eve', 'Finn', 'Gil', 'Hal', 'Ida', 'Jan']
+
+
+def conversations():
+    for name in NAMES * 4:
+        for thing in ('cat', 'dog', 'car'):
+            yield [('user', f'I am {name}.'), ('assistant', f'Hello {name}!'), ('user', f'Say {thing}.'),
+                   ('assistant', f'{thing} {thing}.')]
+
+
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+    """A small GPT-2, trained on text, then tuned on conversations, as README says it is done."""
+    place = tmp_path_factory.mktemp('tuned')
+    (place / 'text.txt').write_text(' '.join(f'I am {n}. Hello {n}! Say cat. cat cat.' for n in NAMES) * 30,
+                                    encoding='utf-8')
+    shape = ('--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=96',
+             '--batch_size=16', '--total_batch_size=0', '--tensorboard=false', '--eval_iters=2', '--log_interval=50')
+    lines = [json.dumps({'messages': [{'role': role, 'content': text} for role, text in talk]})
+             for talk in conversations()]
+    (place / 'chats.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    for command in (
+            ['prepare_data.py', '--dataset=custom', '--input=text.txt', '--vocab_size=400', '--out=data/text'],
+            ['train.py', '--dataset=data/text', '--out_dir=out/base', *shape, '--max_steps=40', '--warmup_steps=5',
+             '--learning_rate=3e-3', '--min_lr=0'],
+            ['prepare_data.py', '--dataset=custom', '--input=chats.jsonl', '--tokenizer=data/text/tokenizer.json',
+             '--out=data/chats'],
+            ['train.py', str(CONFIG), '--init_from=out/base', '--out_dir=out/chat', *shape, '--max_steps=160',
+             '--optimizer=muon', '--learning_rate=1e-2', '--dropout=0', '--eval_interval=80']):
+        done = run(place, *command)
+        assert done.returncode == 0, done.stderr
+    return place
+
+
+def test_only_answers_and_their_ends_carry_loss(tuned):
+    codec = load_tokenizer(tuned / 'data/chats/tokenizer.json')
+    ids = np.fromfile(tuned / 'data/chats/train_000000.bin', dtype=np.uint16)[512:]
+    mask = np.fromfile(tuned / 'data/chats/train_000000.mask.bin', dtype=np.uint8)[-len(ids):].astype(bool)
+    learned, rest = [[]], []
+    for token, trained in zip(ids.tolist(), mask.tolist(), strict=True):
+        if trained and token == codec.eot:
+            learned.append([])
+        (learned[-1] if trained and token != codec.eot else rest).append(token)
+    answers = {text for talk in conversations() for role, text in talk if role == 'assistant'}
+    assert {codec.decode(answer) for answer in learned[:-1]} == answers
+    assert not learned[-1] and 'Hello' in codec.decode(rest) and 'User: Say car.' in codec.decode(rest)
+
+
+def test_a_small_gpt2_tuned_on_conversations_answers_in_turns_and_ends(tuned):
+    done = run(tuned, 'sample.py', '--out_dir=out/chat', '--interactive', '--device=cpu', '--temperature=0',
+               input='I am Eve.\nSay dog.\n/reset\nI am Gil.\nSay car.\n')
+    assert answers(done) == ['Hello Eve!\n', 'dog dog.\n', 'Hello Gil!\n', 'car car.\n']
+    done = run(tuned, 'sample.py', '--out_dir=out/chat', '--device=cpu', '--temperature=0', '--raw=true',
+               '--prompt=User: I am Ann.\nAssistant:')
+    assert answers(done) == ['User: I am Ann.\nAssistant:Hello Ann!\n']
