@@ -234,6 +234,7 @@ class Start:
     path: Path | str = ''                   # the checkpoint it comes from
     step: int = 0
     best_val_loss: float = math.inf
+    best_step: int = 0                      # when that was
     elapsed_s: float = 0.0
     finished: bool = False                  # there is nothing left to do
     states: tuple | None = None             # of optimizers and scaler, until restore() hands them over
@@ -303,11 +304,13 @@ def _resumed(config, wanted, tokenizer):
         raise UserError(f'{path} is already at step {step}; raise --max_steps, now {max_steps}, to train on')
     changed = [f'{name} {before[name]} -> {value}' for name, value in config.items()
                if name != 'init_from' and before.get(name, value) != value]
-    states = checkpoint['optimizer']
+    states, best_step = checkpoint['optimizer'], checkpoint.get('best_step', step)
+    given_up = step - best_step >= config['patience'] * config['eval_interval'] > 0
     return Start(build_model(checkpoint, path, merged=False, dropout=config['dropout']), began, path=path, step=step,
                  said=f'resuming from {path} at step {step}' + (f', with {", ".join(changed)}' if changed else ''),
-                 best_val_loss=float(checkpoint['best_val_loss']), elapsed_s=checkpoint.get('elapsed_s', 0.0),
-                 finished=step == max_steps and checkpoint.get('finished', False),
+                 best_val_loss=float(checkpoint['best_val_loss']), best_step=best_step,
+                 elapsed_s=checkpoint.get('elapsed_s', 0.0),
+                 finished=checkpoint.get('finished', False) and (step == max_steps or given_up),
                  states=(states if isinstance(states, list) else [states], checkpoint.get('scaler')))
 
 

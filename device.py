@@ -320,6 +320,7 @@ class StopSignal:
 
     def __init__(self, rank):
         self.number, self.agreed, self.rank, self.since = 0, 0, rank, 0.0
+        self.bottom, self.shown = '', 0.0       # what show() keeps below all other lines, and since when
 
     def listen(self):
         for number in self.SIGNALS:
@@ -339,9 +340,22 @@ class StopSignal:
 
     def say(self, text):
         """Print on rank 0. Where nobody reads it any more (| head, a closed terminal), the run is to stop."""
+        self._print(f'{self._blank()}{text}\n{self.bottom}')
+
+    def show(self, text, every=0.2):
+        """On a terminal, keep `text` as its last line, renewed every so many seconds, below what is said; '' ends."""
+        if self.rank == 0 and sys.stdout.isatty() and (not text or time.monotonic() - self.shown > every):
+            blank, self.bottom = self._blank(), text[:shutil.get_terminal_size().columns - 1]
+            self._print(blank + self.bottom)
+            self.shown = time.monotonic()
+
+    def _blank(self):
+        return f'\r{" " * len(self.bottom)}\r' if self.bottom else ''
+
+    def _print(self, text):
         try:
             if self.rank == 0:
-                print(text, flush=True)
+                print(text, end='', flush=True)
         except OSError:
             self.number = self.number or self.PIPE
             sys.stdout = open(os.devnull, 'w', encoding='utf-8')

@@ -14,11 +14,18 @@ from configurator import UserError
 from files import write_text_atomically
 
 
-class MetricsLog:
-    """log(step, loss=..., lr=...) appends to both. A run that resumes at `first_step` first drops what it is about to
-    do again, so that each step stands there once. active=False, as in all processes but one, logs nothing."""
+GROUPS = {                  # where TensorBoard shows what; the rest is under train/
+    'validation': ('val_loss', 'ppl', 'bits_per_byte', 'hellaswag', 'zh_heldout'),
+    'speed': ('dt_ms', 'tok_per_sec', 'mfu', 'elapsed_s'),
+}
 
-    def __init__(self, out_dir, first_step=0, tensorboard=True, active=True):
+
+class MetricsLog:
+    """log(step, loss=..., lr=...) appends to both: numbers, or lists of texts. A run that resumes at `first_step` first
+    drops what it is about to do again, so that each step stands there once. settings: what the run was started with,
+    for TensorBoard. active=False, as in all processes but one, logs nothing."""
+
+    def __init__(self, out_dir, first_step=0, tensorboard=True, settings=(), active=True):
         self.places, self.board = {}, None          # {where: the function that logs there}
         if not active:
             return
@@ -31,7 +38,9 @@ class MetricsLog:
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(self.folder, purge_step=first_step)
-                self.places[self.folder] = self._add_scalars
+                self.places[self.folder] = self._add_to_board
+                rows = ''.join(f'|{name}|{value}|\n' for name, value in dict(settings).items())
+                self.board.add_text('settings', f'|setting|value|\n|---|---|\n{rows}', first_step)
                 # its thread hands on what goes wrong there to the next add_scalar(); no need to print it, too
                 threading.excepthook = lambda e: e.exc_type is OSError or threading.__excepthook__(e)
         except OSError as e:
@@ -53,9 +62,14 @@ class MetricsLog:
         with open(file, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'step': step, **values}) + '\n')
 
-    def _add_scalars(self, _, step, values):
+    def _add_to_board(self, _, step, values):
         for key, value in values.items():
-            self.board.add_scalar(key, value, step)
+            group = next((group for group, keys in GROUPS.items() if key in keys), 'train')
+            if isinstance(value, list):
+                for i, text in enumerate(value):
+                    self.board.add_text(f'{key}/{i}', text, step)
+            else:
+                self.board.add_scalar(f'{group}/{key}', value, step)
 
     def close(self):
         try:
@@ -75,12 +89,16 @@ class TimeToFinish:
         """Minutes to say after a step that took `seconds`, or None while what was said is less than a quarter off."""
         now = time.monotonic() if now is None else now
         self.recent.append(seconds)
-        left = statistics.median_low(self.recent) * steps_left
+        left = self.left(steps_left)
         off = abs(now + left - self.end) if self.end else 0
         if len(self.recent) < 10 or self.end and off <= max(15, left / 4):
             return None
         self.end = now + left
         return left / 60
+
+    def left(self, steps):
+        """Seconds for so many steps, by those of late."""
+        return statistics.median_low(self.recent) * steps
 
 
 def progress_bar(**options):

@@ -84,6 +84,7 @@ lora_alpha = 16                 # what they add is multiplied by lora_alpha / lo
 lora_targets = 'c_attn,c_proj,c_fc'     # the linear layers that have them; attn.c_proj and mlp.c_proj name one of two
 # schedule
 max_steps = 19073               # optimizer steps; 19,073 * 524,288 = 10 billion tokens
+patience = 0                    # stop after so many evaluations without a better validation loss; 0 = never
 warmup_steps = 715              # steps over which the learning rate rises to its peak
 min_lr = 6e-5                   # where the cosine ends, at max_steps
 # system
@@ -224,8 +225,10 @@ def print_samples(step):
                                 seed=seed + step + i, should_stop=lambda: stop.number)[0]
                  for i in range(rank, num_samples, world_size)]
     everyones = from_everyone(texts)
-    for i in range(num_samples):
-        say(f'sample {i}: {sample_prompt}{everyones[i % world_size][i // world_size]}')
+    samples = [sample_prompt + everyones[i % world_size][i // world_size] for i in range(num_samples)]
+    for i, text in enumerate(samples):
+        say(f'sample {i}: {text}')
+    log_metrics(step, samples=samples)
 
 
 def save(step, *names):
@@ -240,7 +243,7 @@ def save(step, *names):
             'scaler': scaler.state_dict(), 'model_args': raw_model.model_args(), 'iter_num': step,
             'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.state(),
             'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template, 'decline': decline,
-            'elapsed_s': elapsed(), 'finished': FINAL in names,
+            'best_step': best_step, 'elapsed_s': elapsed(), 'finished': FINAL in names,
         }, [*names, LATEST])                    # the latest last: what it says is the best is there by then
 
 
@@ -270,13 +273,14 @@ def due(interval):
 x, y = get_batch(start.step, 0)
 room = sum(4 * p.numel() * (1 + p.requires_grad) for p in raw_model.parameters())      # bytes: weights, and a moment
 release = claim(out_dir, room) if rank == 0 else None       # one run at a time in a folder
-log_metrics = MetricsLog(out_dir, start.step, tensorboard, active=rank == 0)
+log_metrics = MetricsLog(out_dir, start.step, tensorboard, config, active=rank == 0)
 saver = BackgroundSaver(out_dir, keep_checkpoints)
 stop.listen()
 time_to_finish = TimeToFinish()
 peak = peak_flops(here, precision) * world_size
 start_time = time.perf_counter()
 best_val_loss, best_bits = start.best_val_loss, None        # the loss, and if it is of this process, in bits per byte
+best_step = start.best_step                     # when that was
 untrained_loss = math.inf                       # what a model is worth that has learned nothing, if it was evaluated
 skipped = 0                                     # steps in a row whose loss or gradient was not finite
 diverging = False                               # whether that is more than float16 finding its scale
@@ -297,8 +301,11 @@ for step in range(start.step, max_steps + 1):
             if step == 0:
                 untrained_loss = val_loss
             elif val_loss < best_val_loss and not diverging:        # what is not saved is not the best, either
-                best_val_loss, best_bits = val_loss, bits
+                best_val_loss, best_bits, best_step = val_loss, bits, step
                 names.append(BEST)
+            if patience and step - best_step >= patience * eval_interval and not last_step:
+                say(f'no better validation loss since step {best_step}: this is the end')
+                last_step = True
         if due(hellaswag_interval):
             right, total = accuracy(hellaswag, hellaswag_questions)
             say(f'HellaSwag accuracy: {right}/{total}={right / total:.4f}')
@@ -382,8 +389,12 @@ for step in range(start.step, max_steps + 1):
         say(f'optimizer state in each process: {sizes} MB')
     if minutes := time_to_finish(dt, max_steps - step - 1):
         say(f'estimated time to finish: {minutes:.1f} minutes')
+    best = f' | best val {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
+    stop.show(f'step {step + 1}/{max_steps} | loss {loss:.4f}{best} | {tok_per_sec:,.0f} tok/s | '
+              f'{time_to_finish.left(max_steps - step - 1) / 60:.1f} min left')
 
 saver.finish()
+stop.show('')
 best = f', best validation loss: {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
 best += f' ({best_bits:.4f} bits per byte)' if best_bits is not None else ''
 say(f'total time: {elapsed() / 60:.2f} minutes{best}, checkpoints in {out_dir}')

@@ -148,7 +148,43 @@ def test_the_log_is_in_the_stable_format_and_agrees_with_metrics_and_tensorboard
         'checkpoint_iter_10.pt', 'checkpoint_iter_12.pt']
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     board = EventAccumulator(str(place / 'out/log/tb')).Reload()
-    assert [e.value for e in board.Scalars('loss')] == pytest.approx([m['loss'] for m in logged])
+    assert [e.value for e in board.Scalars('train/loss')] == pytest.approx([m['loss'] for m in logged])
+    assert len(board.Scalars('validation/bits_per_byte')) == 3 and len(board.Scalars('speed/tok_per_sec')) == 12
+
+    def text(tag):
+        return [e.tensor_proto.string_val[0].decode() for e in board.Tensors(f'{tag}/text_summary')]
+
+    assert '|max_steps|12|' in text('settings')[0]
+    assert text('samples/1') == [m['samples'][1] for m in metrics(place, 'out/log') if 'samples' in m] and (
+        f'sample 1: {text("samples/1")[0]}' in out)
+
+
+def test_patience_ends_a_run_that_no_longer_improves_and_a_finished_one_stays_finished(place):
+    options = ['--max_steps=60', '--eval_interval=5', '--learning_rate=0', '--min_lr=0']    # it cannot improve
+    assert 'step    59' in train(place, 'out/impatient', *options)
+    out = train(place, 'out/patient', *options, '--patience=3')
+    assert 'no better validation loss since step 5: this is the end' in out
+    assert [m['step'] for m in metrics(place, 'out/patient') if 'val_loss' in m] == [0, 5, 10, 15, 20]
+    assert load_checkpoint(place / 'out/patient/final_checkpoint.pt')['iter_num'] == 20
+    assert 'already finished at step 20' in train(place, 'out/patient', *options, '--patience=3')
+    out = train(place, 'out/patient', *options, '--patience=5')
+    assert 'resuming' in out and [m['step'] for m in metrics(place, 'out/patient') if 'val_loss' in m][-1] == 30
+    learning = train(place, 'out/learning', '--max_steps=30', '--eval_interval=5', '--patience=3')
+    assert 'this is the end' not in learning and 'step    29' in learning
+
+
+def test_a_terminal_has_a_line_at_its_bottom_and_a_log_has_not(place):
+    pty = pytest.importorskip('pty')
+    code = (f'import pty, sys; sys.exit(pty.spawn([{sys.executable!r}, {str(ROOT / "train.py")!r}, "--dataset=tiny", '
+            f'"--out_dir=out/bottom", *{TINY!r}, "--max_steps=8", "--eval_interval=4", "--log_interval=4"]) >> 8)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=place, capture_output=True, stdin=subprocess.DEVNULL)
+    lines = done.stdout.decode().replace('\r\n', '\n').split('\n')
+    assert done.returncode == 0, lines
+    bottom = r'step \d/8 \| loss \d\.\d{4}( \| best val \d\.\d{4})? \| [\d,]+ tok/s \| \d\.\d min left'
+    assert pty and any(re.fullmatch(bottom, part) for line in lines for part in line.split('\r'))
+    assert lines[-2].split('\r')[-1].startswith('total time:')            # it is wiped out before other lines
+    assert sum(line.split('\r')[-1].startswith('step     4 | loss: ') for line in lines) == 1
+    assert not any('tok/s |' in line for line in train(place, 'out/log2', '--max_steps=4').splitlines())
 
 
 def test_the_learning_rate_warms_up_linearly_and_decays_by_cosine(place):
