@@ -249,6 +249,7 @@ def save(step, *names):
 
 def diverged(what):
     """The error that ends a run which cannot go on, with the file that is good and the way on from it."""
+    stop.show('')
     saver.finish()
     from_everyone(None)                         # nobody leaves before it is on the disk
     learned = best_val_loss < untrained_loss or math.isinf(untrained_loss)
