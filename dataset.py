@@ -153,6 +153,7 @@ def meta_text(tokenizer, shards, source, split, asked=()):
 MADE_BY = {                                         # how to make the data sets that the recipes name
     'zh': 'prepare_zh.py', 'zh_classic': 'prepare_zh.py --vocab_size=824 --out=data/zh_classic',
     'my_facts': 'prepare_zh.py --teach=my_facts.tsv', 'tang': 'prepare_zh.py --input=poems.jsonl --out=data/tang',
+    'chats': 'prepare_data.py --dataset=custom --input=my_chats.jsonl --tokenizer=gpt2 --out=data/chats',
     'fineweb_edu_10B': 'fineweb.py',
     'fineweb_edu_100B': 'fineweb.py --sample=100BT', 'fineweb_edu_350B': 'fineweb.py --sample=350BT',
     **{name: f'prepare_data.py --dataset={name}'
