@@ -9,6 +9,7 @@ answer is two, and only the answer is. It comes in one piece, or if it is long p
 import codecs
 import glob
 import gzip
+import itertools
 import json
 import zlib
 from collections import namedtuple
@@ -21,6 +22,7 @@ from metrics import progress_bar
 PIECE = 1 << 20             # characters of plain text read at a time, and encoded as one string at most
 BATCH = 1 << 22             # characters handed to the tokenizer at a time
 SHUFFLE = 1 << 16           # rows that are shuffled at a time
+FEW = 100                   # of fewer questions than this, none is kept from training
 KINDS = {'.txt': 'txt', '.md': 'txt', '.jsonl': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet'}
 
 Piece = namedtuple('Piece', 'file starts segments')
@@ -250,8 +252,17 @@ def split_rule(pieces, fraction):
     return 'characters', int(characters * (1 - fraction))
 
 
-def split_pieces(pieces, fraction, rule, n_train):
-    """(split, piece) for each piece, by split_rule's answer; one may be divided."""
+def count_questions(pieces):
+    """How many of the pieces are questions with answers, as far as FEW; says so where they are fewer."""
+    n = sum(1 for _ in itertools.islice((piece for piece in pieces if len(piece.segments) > 1), FEW))
+    if 0 < n < FEW:
+        print(f'only {n} questions: those for validation are learned, too, so that the validation loss says little')
+    return n
+
+
+def split_pieces(pieces, fraction, rule, n_train, few=False):
+    """(split, piece) for each piece, by split_rule's answer; one may be divided. few: validation's are trained on, too.
+    """
     characters, in_val, split = 0, 0, 'train'
     for piece in pieces:
         size = sum(len(text) for text, _ in piece.segments)
@@ -260,6 +271,8 @@ def split_pieces(pieces, fraction, rule, n_train):
                 split = 'val' if in_val < fraction * characters else 'train'
             in_val += size * (split == 'val')
             yield split, piece
+            if few and split == 'val' and len(piece.segments) > 1:
+                yield 'train', piece
         else:
             (text, trained), = piece.segments
             at = min(max(n_train - characters, 0), size)

@@ -16,8 +16,8 @@ import random
 from pathlib import Path
 
 from configurator import UserError, configure, first_line
-from corpus import (Piece, find_inputs, kind_of, read_documents, shuffled_rows, split_pieces, split_rule,
-                    write_dataset)
+from corpus import (FEW, Piece, count_questions, find_inputs, kind_of, read_documents, shuffled_rows, split_pieces,
+                    split_rule, write_dataset)
 from dataset import start_dataset
 from download import DownloadError, download, hub_download, hub_files
 from tokenizer import END_OF_TEXT, gpt2_tokenizer, load_tokenizer, train_bpe, train_char
@@ -109,9 +109,11 @@ def main():
 
     # 1) how to split; for few documents this reads to the end
     rule = split_rule(documents('reading'), val_fraction)
+    talks = [p for p in paths if kind_of(p) == 'jsonl']         # which may hold conversations
+    questions = count_questions(read_documents(talks, template=template)) if talks else 0
 
     def split_documents(doing):
-        return split_pieces(documents(doing), val_fraction, *rule)
+        return split_pieces(documents(doing), val_fraction, *rule, few=0 < questions < FEW)
 
     # 2) the tokenizer
     if kind == 'char':
@@ -131,12 +133,11 @@ def main():
     # 3) the shards
     how = ('documents: whole ones for validation, evenly spread' if rule[0] == 'documents'
            else f'characters: the first {rule[1]} are for training')
-    talks = [p for p in paths if kind_of(p) == 'jsonl']         # which may hold conversations: then there are masks
-    talks = talks and any(len(piece.segments) > 1 for piece in read_documents(talks, template=template))
     pairs = split_documents('encoding')
-    write_dataset(folder, codec, shuffled_rows(pairs, random.Random(seed)) if talks else pairs, source,
-                  f'{how}; val_fraction={val_fraction}', {'template': template} if talks else (), talks, block_size,
-                  shard_size)
+    if questions:
+        pairs = shuffled_rows(pairs, random.Random(seed))
+    write_dataset(folder, codec, pairs, source, f'{how}; val_fraction={val_fraction}',
+                  {'template': template} if questions else (), questions > 0, block_size, shard_size)
 
 
 if __name__ == '__main__':

@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 from configurator import UserError, configure
-from corpus import find_inputs, read_documents, shuffled_rows, split_pieces, split_rule, write_dataset
+from corpus import (FEW, count_questions, find_inputs, read_documents, shuffled_rows, split_pieces, split_rule,
+                    write_dataset)
 from dataset import start_dataset
 from download import hub_download, hub_files
 from tokenizer import load_tokenizer, train_bpe
@@ -121,14 +122,15 @@ def main():
         return read_documents(paths, template=template, encoding=encoding, doing=doing)
 
     rule = ('files', None) if divided else split_rule(documents('reading'), val_fraction)
+    questions = FEW if divided else count_questions(documents('looking for questions'))
 
     def split_documents(doing='encoding'):
         if divided:
             return ((('train', 'val')[piece.file], piece) for piece in documents(doing))
-        return split_pieces(documents(doing), val_fraction, *rule)
+        return split_pieces(documents(doing), val_fraction, *rule, few=0 < questions < FEW)
 
     # the tokenizer learns from what is trained on; if that has no questions, it is language modelling, without masks
-    with_masks = any(len(piece.segments) > 1 for piece in documents('looking for questions'))
+    with_masks = questions > 0
     if tokenizer:
         codec = load_tokenizer(tokenizer)
     else:

@@ -215,7 +215,7 @@ TALKS = [
                        {'role': 'assistant', 'content': '二。'}]},
     {'instruction': '翻译', 'input': 'cat', 'output': '猫。'},
     {'text': '从前有座山。'},
-] * 10
+] * 30
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'gb18030'])
@@ -224,7 +224,7 @@ def test_every_form_of_record_is_read_in_every_encoding(tmp_path, encoding):
     (tmp_path / 'talks.jsonl').write_text('\n'.join(lines), encoding=encoding)
     made(tmp_path, '--input=talks.jsonl', '--vocab_size=400', '--val_fraction=0.2')
     texts = trained_texts(tmp_path / 'made') + trained_texts(tmp_path / 'made', 'val')
-    assert sorted(texts) == sorted(['蓝色。', '你好！', '二。', '猫。', '从前有座山。'] * 10)
+    assert sorted(texts) == sorted(['蓝色。', '你好！', '二。', '猫。', '从前有座山。'] * 30)
     folder = tmp_path / 'made'
     tokenizer = dataset_tokenizer(folder)
     tokens = np.fromfile(folder / 'train_000000.bin', dtype='<u2', offset=1024).tolist()
@@ -277,6 +277,22 @@ def test_bad_input_is_named_with_file_and_line_and_nothing_is_made(tmp_path, con
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert said in done.stderr and len(done.stderr.strip().splitlines()) <= 2
     assert not list(tmp_path.glob('made/*.bin')) and not (tmp_path / 'made/meta.json').exists()
+
+
+@pytest.mark.parametrize('script', ['prepare_zh.py', 'prepare_data.py'])
+@pytest.mark.parametrize('n', [10, 120])
+def test_of_few_questions_none_is_kept_from_training(script, n, tmp_path):
+    lines = [json.dumps({'prompt': f'第{i}号是谁？', 'completion': f'是{i}叔。'}, ensure_ascii=False) for i in range(n)]
+    (tmp_path / 'mine.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    more = ['--dataset=custom', '--vocab_size=300'] if script == 'prepare_data.py' else ['--vocab_size=300']
+    done = run(tmp_path, script, '--input=mine.jsonl', '--out=made', *more)
+    assert done.returncode == 0, done.stderr
+    codec = dataset_tokenizer(tmp_path / 'made')
+    learned, kept = (codec.decode(np.fromfile(tmp_path / f'made/{split}_000000.bin', dtype='<u2', offset=1024).tolist())
+                     for split in ('train', 'val'))
+    missing = [i for i in range(n) if f'第{i}号' not in learned]
+    assert bool(missing) == (n == 120) and ('only 10 questions' in done.stdout) == (n == 10)
+    assert '第' in kept
 
 
 def test_answers_longer_than_the_block_are_counted_and_left_out(tmp_path):
