@@ -7,7 +7,8 @@
 Each question is a context and four endings, one of them right. The model never sees them as a choice: the ending that
 it finds the likeliest continuation is its answer. acc compares the losses of whole endings, acc_norm the losses per
 token, as build-nanogpt, llm.c and nanochat do (GPT-2 124M: 0.2955). The acc_norm of lm-evaluation-harness, which
-leaderboards quote, compares losses per character (0.3114).
+leaderboards quote, compares losses per character (0.3114); its task also puts the activity before each question, and
+takes out what is in brackets.
 """
 
 import json
