@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from json import dumps, loads
 from pathlib import Path
@@ -90,7 +91,7 @@ PLAINLY = dict(bias=False, mlp='gelu_erf')          # what the plain script's mo
 # -----------------------------------------------------------------------------
 # ours: each returns a function that has a turn, and returns how much it did a second; shape None: the model of `preset`
 
-def build(shape):
+def build(shape: dict | None) -> GPT:
     """The model that is measured, on the CPU."""
     torch.manual_seed(0)
     if shape is None and init_from:
@@ -99,7 +100,8 @@ def build(shape):
     return GPT(GPTConfig(**(shape or PRESETS[preset]))).eval()
 
 
-def training(shape, batch_size, steps, precision, compiling=False, here='cpu'):
+def training(shape: dict | None, batch_size: int, steps: int, precision: str, compiling: bool = False,
+             here: str = 'cpu') -> Callable[[], float]:
     """Tokens a second of training on random sequences."""
     if torch.device(here).type == 'cuda':
         torch.set_float32_matmul_precision('high')
@@ -121,16 +123,18 @@ def training(shape, batch_size, steps, precision, compiling=False, here='cpu'):
     return timed(work, steps * x.numel())
 
 
-def decoding(shape, n_prompts, kind, here='cpu'):
+def decoding(shape: dict | None, n_prompts: int, kind: str, here: str = 'cpu') -> Callable[[], float]:
     """Tokens a second of greedy decoding. kind: float32, bfloat16 or int8."""
     model = build(shape)
-    model = (to_int8(model) if kind == 'int8' else model.to(DTYPES[kind])).to(here)
+    if kind == 'int8':
+        to_int8(model)
+    model.to(here, DTYPES.get(kind))
     idx = torch.randint(model.config.vocab_size, (n_prompts, prompt_tokens), device=here)
     generate = for_any_shape(model.generate)
     return timed(lambda: generate(idx, new_tokens, temperature=0)[0, -1].item(), n_prompts * new_tokens)
 
 
-def answering(shape, questions, precision):
+def answering(shape: dict | None, questions: list, precision: str) -> Callable[[], float]:
     """HellaSwag questions a second. questions: [(tokens of the context, [tokens of each ending])]."""
     model = build(shape)
     asked = [hellaswag.Question(tuple(context), tuple(map(tuple, endings)), 0, {}) for context, endings in questions]
@@ -141,7 +145,7 @@ def answering(shape, questions, precision):
     return timed(work, len(asked))
 
 
-def tokenizing(path, workers):
+def tokenizing(path: str, workers: int) -> Callable[[], float]:
     """Megabytes a second from a .jsonl file to shards on disk."""
     def work():
         with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +154,7 @@ def tokenizing(path, workers):
     return timed(work, Path(path).stat().st_size / 1e6)
 
 
-def shakespeare(folder, steps):
+def shakespeare(folder: str, steps: int) -> Callable[[], float]:
     """Times an hour that the recipe for a CPU, cut to `steps`, reaches nanoGPT's loss there, start-up not counted."""
     def turn():
         with tempfile.TemporaryDirectory() as out:
@@ -167,16 +171,17 @@ def shakespeare(folder, steps):
 # -----------------------------------------------------------------------------
 # side by side
 
-def ours(function, **arguments):
+def ours(function: str, **arguments) -> list[str]:
     return [__file__, f'--contestant={dumps([function, arguments])}', f'--prompt_tokens={prompt_tokens}',
             f'--new_tokens={new_tokens}']
 
 
-def peers(function, **arguments):
+def peers(function: str, **arguments) -> list[str]:
     return [str(Path(__file__).with_name('peers.py')), function, dumps(arguments)]
 
 
-def contest(title, unit, contestants, limits=None, turns=turns):
+def contest(title: str, unit: str, contestants: dict[str, list[str]],
+            limits: dict[str, tuple[str, float]] | None = None, turns: int = turns) -> dict[str, dict]:
     """Let contestants, {name: command}, take turns, print how they compare, and return {name: figures}.
 
     limits: {name: (what a share of the limit is called, the limit)}.
@@ -222,7 +227,7 @@ def contest(title, unit, contestants, limits=None, turns=turns):
     return figures
 
 
-def train_side_by_side(size):
+def train_side_by_side(size: str) -> dict[str, dict]:
     shape, batch, steps = SIZES[size]
     precision = pick_dtype(dtype, 'cpu')
     limit = peak_flops('cpu', precision) / build({**shape, **PLAINLY}).flops_per_token()
@@ -235,7 +240,7 @@ def train_side_by_side(size):
                    {name: ('MFU', limit) for name in contestants if name.startswith('ours')})
 
 
-def decode_side_by_side(n_prompts):
+def decode_side_by_side(n_prompts: int) -> dict[str, dict]:
     weights = build(GPT2).num_params()
     bandwidth = memory_bandwidth()
     contestants = {f'transformers, {kind}': peers('transformers_decoding', shape=GPT2, n_prompts=n_prompts, dtype=kind,
@@ -246,7 +251,7 @@ def decode_side_by_side(n_prompts):
     return contest(f'decoding 124M, {n_prompts} at once', 'tokens/s', contestants, limits)
 
 
-def decode_beside_llama_cpp():
+def decode_beside_llama_cpp() -> dict[str, dict]:
     n = threads or os.cpu_count()
     contestants = {'llama.cpp': peers('llama_cpp_decoding', gguf=gguf, prompt_tokens=prompt_tokens,
                                       new_tokens=new_tokens, threads=n)}
@@ -256,7 +261,7 @@ def decode_beside_llama_cpp():
                    {f'ours, {kind}': ('MBU', limit / size) for kind, size in KINDS.items()})
 
 
-def hellaswag_side_by_side():
+def hellaswag_side_by_side() -> dict[str, dict]:
     draw = random.Random(0)         # of the lengths that the questions have: 40 tokens and then 4 times 25, on average
 
     def text(low, high):
@@ -268,7 +273,7 @@ def hellaswag_side_by_side():
     return contest('HellaSwag 124M', 'questions/s', contestants)
 
 
-def tokenize_side_by_side(megabytes=100):
+def tokenize_side_by_side(megabytes: float = 100) -> dict[str, dict]:
     text, n = '\n'.join(topics.values()), threads or os.cpu_count()        # Python's own help texts, over and over
     documents = [dumps({'text': text[i:i + 3500]}) for i in range(0, len(text), 3500)]      # as long as a web page
     with tempfile.TemporaryDirectory() as folder:
@@ -280,14 +285,14 @@ def tokenize_side_by_side(megabytes=100):
         return contest('tokenizing 100 MB', 'MB/s', contestants)
 
 
-def shakespeare_side_by_side():
+def shakespeare_side_by_side() -> dict[str, dict]:
     folder = str(find_dataset('shakespeare_char').resolve())
     return contest('Shakespeare to 1.8857', 'runs/hour', {
         "nanoGPT's recipe, plain": peers('plain_shakespeare', folder=folder),
         'ours': ours('shakespeare', folder=folder, steps=SHAKESPEARE_STEPS)})
 
 
-def memory_side_by_side():
+def memory_side_by_side() -> dict[str, dict]:
     precision = pick_dtype(dtype, 'cpu')
     contestants = {'plain script': peers('plain_training', shape=GPT2, batch_size=4, steps=1),
                    'ours': ours('training', shape={**GPT2, **PLAINLY}, batch_size=4, steps=1, precision=precision)}
@@ -299,7 +304,7 @@ def memory_side_by_side():
     return figures
 
 
-def busy_side_by_side(size):
+def busy_side_by_side(size: str) -> dict[str, dict]:
     """Steps of training, alone and beside a program that keeps one core busy, with our settings and without."""
     shape, batch, steps = SIZES[size]
     command = ours('training', shape={**shape, **PLAINLY}, batch_size=batch, steps=steps,
@@ -321,14 +326,14 @@ def busy_side_by_side(size):
     return found
 
 
-def memory_bandwidth():
+def memory_bandwidth() -> float:
     """The bytes a second that a sum over 400 MB reads from memory, the best of some."""
     x = torch.ones(100_000_000)
     turn = timed(lambda: x.sum(), 4 * x.numel())
     return max(turn() for _ in range(9))
 
 
-def print_profile(size):
+def print_profile(size: str) -> None:
     """The ten costliest operators of a step of training."""
     shape, batch, _ = SIZES[size]
     turn = training({**shape, **PLAINLY}, batch, 3, pick_dtype(dtype, 'cpu'))
@@ -342,7 +347,7 @@ def print_profile(size):
 # -----------------------------------------------------------------------------
 # ours alone, on any device
 
-def train_on_what_fits(here):
+def train_on_what_fits(here: str) -> None:
     """Print the speed of training on batch_size sequences, or on 64, or half as many, and so on."""
     precision, compiling, size = pick_dtype(dtype, here), pick_compile(compile, here), batch_size or 64
     on_gpu = torch.device(here).type == 'cuda'
@@ -368,7 +373,7 @@ def train_on_what_fits(here):
           f'{precision}, compile: {compiling}')
 
 
-def decode_in_each_precision(here):
+def decode_in_each_precision(here: str) -> None:
     speeds = {kind: decoding(None, 1, kind, here) for kind in KINDS if kind != 'int8' or here == 'cpu'}
     rates = {kind: [] for kind in speeds}
     for n in range(turns + 1):
@@ -385,7 +390,7 @@ def decode_in_each_precision(here):
 # -----------------------------------------------------------------------------
 # what training costs
 
-def saved_bytes(shape, n_layer, batch_size):
+def saved_bytes(shape: dict, n_layer: int, batch_size: int) -> int:
     """Bytes that a forward pass in bfloat16 keeps for the backward pass, parameters left out, of a tiny vocabulary."""
     model = GPT(GPTConfig(**{**shape, 'n_layer': n_layer, 'vocab_size': 64}))
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -402,7 +407,7 @@ def saved_bytes(shape, n_layer, batch_size):
     return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
 
 
-def training_bytes(shape):
+def training_bytes(shape: dict) -> tuple[int, int]:
     """(bytes, bytes a sequence) that training in bfloat16 needs on one GPU.
 
     18 a parameter: the weight, its gradient and AdamW's two moments in float32, a copy of the weight in bfloat16. And
@@ -419,7 +424,7 @@ def training_bytes(shape):
     return 18 * model.num_params(), one + (shape['n_layer'] - 1) * (two - one) + logits
 
 
-def training_costs():
+def training_costs() -> None:
     peak = 1e12 * PEAK_TFLOPS['H100'][0]
     print(f'| preset | parameters | GFLOP per token | micro-batch and its memory | 1 GPU | 8 GPUs |\n{"|---" * 6}|')
     for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
@@ -438,7 +443,7 @@ def training_costs():
           f'{memory / 1e9:g} GB')
 
 
-def main():
+def main() -> None:
     if contestant:
         pick_device('cpu')                          # as our scripts do, to share it well with others
         function, arguments = loads(contestant)
@@ -450,7 +455,9 @@ def main():
     if unknown := [size for size in chosen if size not in SIZES]:
         raise UserError(f'sizes has {unknown[0]!r}; choose from {", ".join(SIZES)}')
     if profile:
-        return [print_profile(size) for size in chosen]
+        for size in chosen:
+            print_profile(size)
+        return
     if not what:
         here, model = pick_device(device), build(None)
         print(f'{model.num_params():,} parameters, {here}, {torch.get_num_threads()} threads, torch '

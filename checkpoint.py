@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from huggingface import GPT2_NAMES, is_published, load_published, near_folder, s
 from lora import add_adapters, merge_adapters
 from model import GPT, GPTConfig
 from quantize import to_int8
-from tokenizer import from_state
+from tokenizer import AnyTokenizer, from_state
 
 LATEST, BEST, FINAL = 'checkpoint.pt', 'best_checkpoint.pt', 'final_checkpoint.pt'
 
@@ -30,7 +30,7 @@ LATEST, BEST, FINAL = 'checkpoint.pt', 'best_checkpoint.pt', 'final_checkpoint.p
 # on disk
 
 
-def save_checkpoint(out_dir, checkpoint, names):
+def save_checkpoint(out_dir: str | Path, checkpoint: dict, names: list[str]) -> None:
     """Write `checkpoint` once and give it all of `names` in `out_dir` (hard links, or copies where there are none)."""
     first, *others = [Path(out_dir, name) for name in names]
     write_atomically(first, lambda f: torch.save(checkpoint, f))
@@ -47,7 +47,7 @@ def save_checkpoint(out_dir, checkpoint, names):
             raise UserError(f'cannot write {other}: {e.strerror}; {first} is written') from None
 
 
-def prune_checkpoints(out_dir, keep):
+def prune_checkpoints(out_dir: str | Path, keep: int) -> None:
     """Delete all but the `keep` newest checkpoint_iter_N.pt in `out_dir`; keep=0 keeps all."""
     numbered = sorted((int(p.stem.rsplit('_', 1)[1]), p) for p in Path(out_dir).glob('checkpoint_iter_*.pt')
                       if re.fullmatch(r'checkpoint_iter_\d+', p.stem))
@@ -58,16 +58,17 @@ def prune_checkpoints(out_dir, keep):
 class BackgroundSaver:
     """Saves while training goes on, one checkpoint at a time, the `keep` newest numbered ones of which stay. What went
     wrong with one is raised by the next, or by finish(), which waits for it."""
+    writing: Future | None = None
 
-    def __init__(self, out_dir, keep):
-        self.out_dir, self.keep, self.pool, self.writing = out_dir, keep, ThreadPoolExecutor(1), None
+    def __init__(self, out_dir: str | Path, keep: int):
+        self.out_dir, self.keep, self.pool = out_dir, keep, ThreadPoolExecutor(1)
 
-    def save(self, checkpoint, names):
+    def save(self, checkpoint: dict, names: list[str]) -> None:
         """As save_checkpoint(); nobody may change the tensors of `checkpoint` any more, see own_copy()."""
         self.finish()
         self.writing = self.pool.submit(self._write, checkpoint, names)
 
-    def finish(self):
+    def finish(self) -> None:
         writing, self.writing = self.writing, None
         if writing:
             writing.result()
@@ -77,7 +78,7 @@ class BackgroundSaver:
         prune_checkpoints(self.out_dir, self.keep)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: str | Path) -> dict:
     """The dict in a checkpoint file, on the CPU. Raises UserError if it is missing, damaged, or more than data."""
     path = Path(path)
     if not path.is_file():
@@ -109,7 +110,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def find_checkpoints(out_dir):
+def find_checkpoints(out_dir: str | Path) -> list[Path]:
     """The checkpoint files in `out_dir` as a run would resume from them, the furthest first: by their steps, since a
     file's time changes when it is copied, or the clock is put back."""
     found = list(Path(out_dir).glob('*checkpoint*.pt')) + list(Path(out_dir).glob('ckpt.pt'))
@@ -124,7 +125,7 @@ def _step_of(path):
         return -1
 
 
-def load_newest(out_dir):
+def load_newest(out_dir: str | Path) -> tuple[Path, dict]:
     """(path, checkpoint) of the newest good checkpoint in `out_dir`; damaged ones are named and passed over."""
     for path in find_checkpoints(out_dir):
         try:
@@ -138,7 +139,7 @@ def load_newest(out_dir):
 # for sampling and evaluating
 
 
-def pick_checkpoint(init_from, out_dir):
+def pick_checkpoint(init_from: str, out_dir: str | Path) -> tuple[str | Path, dict]:
     """(path, checkpoint) for sampling or evaluating. `init_from` is a file, a folder, a published model, or 'auto':
     `out_dir`, and if nothing is there, the newest run in a folder of it. A folder's best checkpoint counts, or else its
     newest."""
@@ -169,7 +170,7 @@ def pick_checkpoint(init_from, out_dir):
     return load_newest(folder)
 
 
-def build_model(checkpoint, path='checkpoint', merged=True, **changes):
+def build_model(checkpoint: dict, path: str | Path = 'checkpoint', merged: bool = True, **changes) -> GPT:
     """The GPT that a checkpoint holds, on the CPU, in evaluation mode; `changes` are settings such as dropout=0.1.
     If it has adapters, they become part of the weights, but for merged=False.
 
@@ -178,7 +179,7 @@ def build_model(checkpoint, path='checkpoint', merged=True, **changes):
     try:
         model = GPT(GPTConfig(**{**checkpoint['model_args'], **changes}))
         if checkpoint.get('quantized') == 'int8':
-            model = to_int8(model)
+            to_int8(model)
         model.load_state_dict(checkpoint['model'])
     except (RuntimeError, ValueError, TypeError) as e:
         raise UserError(f'{path} does not fit this model: {" ".join(str(e).split())[:300]}') from None
@@ -187,7 +188,7 @@ def build_model(checkpoint, path='checkpoint', merged=True, **changes):
     return model.eval()
 
 
-def load_for_use(init_from, out_dir, device, dtype):
+def load_for_use(init_from: str, out_dir: str | Path, device: str, dtype: str) -> tuple[GPT, AnyTokenizer, dict, str]:
     """(model, tokenizer, checkpoint, description) for sampling or evaluating on `device`; see pick_checkpoint.
 
     The weights are cast to `dtype` ('float32', ...), but for int8 ones, which stay as they are.
@@ -203,7 +204,7 @@ def load_for_use(init_from, out_dir, device, dtype):
     return model, tokenizer, checkpoint, f'{path}: {age} ({device}, {kind})'
 
 
-def tokenizer_of(checkpoint, path='checkpoint'):
+def tokenizer_of(checkpoint: dict, path: str | Path = 'checkpoint') -> AnyTokenizer:
     """The tokenizer kept in a checkpoint. nanoGPT's checkpoints keep none: theirs is found through the data set."""
     if 'tokenizer' in checkpoint:
         if checkpoint['tokenizer'] is None:
@@ -239,7 +240,7 @@ class Start:
     finished: bool = False                  # there is nothing left to do
     states: tuple | None = None             # of optimizers and scaler, until restore() hands them over
 
-    def restore(self, optimizers, scaler):
+    def restore(self, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
         """Give optimizers and scaler the states that they had, if they had any, and let go of the memory."""
         if self.states is None:
             return
@@ -250,7 +251,7 @@ class Start:
         self.states = None
 
 
-def start_from(config, tokenizer):
+def start_from(config: dict, tokenizer: AnyTokenizer) -> Start:
     """The Start of a run with the settings `config` of train.py, on data in the tokens of `tokenizer`: a new model, or
     what a run in out_dir left, or somebody's weights. Raises UserError for settings that do not go together."""
     init_from, out_dir = config['init_from'], config['out_dir']

@@ -23,6 +23,7 @@ import re
 import sys
 import tokenize
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,12 +32,14 @@ class UserError(Exception):
     """Something the user can put right. The message says what is wrong and what to do, in one or two lines."""
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """What an exception says, in at most a line: some say nothing but their names, some a page."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def configure(namespace, argv=None, *, presets=None, negative=True, at_least=None, at_most=None, one_of=None):
+def configure(namespace: dict, argv: list[str] | None = None, *, presets: dict[str, dict] | None = None,
+              negative: bool = True, at_least: dict[str, float] | None = None, at_most: dict[str, float] | None = None,
+              one_of: dict[str, Iterable] | None = None) -> dict:
     """Change the settings in `namespace` as config files and the command line say; return all of them as a dict.
 
     namespace: the calling script's globals(). argv: the arguments, `sys.argv[1:]` unless given. A script that is

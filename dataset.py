@@ -10,16 +10,18 @@ Batches are a pure function of (dataset, seed, step, layout of processes). There
 import json
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError
 from files import sha256_of, write_text_atomically
-from tokenizer import from_state, gpt2_tokenizer, load_tokenizer, save_tokenizer
+from tokenizer import AnyTokenizer, from_state, gpt2_tokenizer, load_tokenizer, save_tokenizer
 
 HEADER = 256                                        # int32
-FORMATS = {20240520: (1, np.dtype('<u2')), 20240801: (7, np.dtype('<u4'))}      # magic: (version, dtype of a token)
+# magic: (version, dtype of a token)
+FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype('<u2')), 20240801: (7, np.dtype('<u4'))}
 IGNORE = -100                                       # a target that is not trained on, as in F.cross_entropy
 
 # -----------------------------------------------------------------------------
@@ -33,14 +35,15 @@ class ShardWriter:
     first: the number of the first one.
     """
 
-    def __init__(self, folder, split, vocab_size, shard_size=100_000_000, with_mask=False, first=0):
+    def __init__(self, folder: str | Path, split: str, vocab_size: int, shard_size: int = 100_000_000,
+                 with_mask: bool = False, first: int = 0):
         self.folder, self.split, self.shard_size, self.with_mask = Path(folder), split, shard_size, with_mask
         self.first = first
         self.magic = 20240520 if vocab_size <= 65536 else 20240801
         self.version, self.dtype = FORMATS[self.magic]
         self.shards, self.files, self.count = [], [], 0     # (path, tokens) so far; open files and tokens of this one
 
-    def write(self, tokens, mask=None):
+    def write(self, tokens: list[int] | np.ndarray, mask: list[int] | np.ndarray | None = None) -> None:
         """Append a list or array of ids, and one 0 or 1 for each if the data set has masks. Raises ValueError for ids
         that the file's format cannot hold."""
         tokens = np.asarray(tokens)
@@ -78,7 +81,7 @@ class ShardWriter:
                 f.close()
             self.files, self.count = [], 0
 
-    def finish(self):
+    def finish(self) -> list[dict]:
         """Close the last shard; return [{'file', 'tokens', 'sha256'}] for install_dataset()."""
         self._close_shard()
         return [{'file': tmp.name.removesuffix('.tmp'), 'sha256': sha256_of(tmp),
@@ -89,7 +92,7 @@ def _mask_path(path):
     return path.with_name(path.name.replace('.npy', '.bin').replace('.bin', '.mask.bin'))
 
 
-def start_dataset(folder):
+def start_dataset(folder: str | Path) -> None:
     """Make `folder` if need be, and clear away what a preparation that was cut short left there.
 
     A whole data set that is there stays until install_dataset() replaces it. Raises UserError if the folder holds files
@@ -121,7 +124,8 @@ _REPLACED = ('train*.bin', 'val*.bin', 'tokenizer.json')
 FINEWEB_RECORD = 'progress*.json'                   # in the folders that fineweb.py makes: how far it has come
 
 
-def install_dataset(folder, tokenizer, shards, source, split, asked=()):
+def install_dataset(folder: str | Path, tokenizer: AnyTokenizer, shards: dict[str, list[dict]], source: str, split: str,
+                    asked: dict[str, str] | tuple = ()) -> None:
     """Replace the data set in `folder` by the new shards, {'train': writer.finish(), 'val': ...}, and their tokenizer.
 
     meta.json is the first to go and the last to come: a folder without it is half made.
@@ -139,7 +143,8 @@ def install_dataset(folder, tokenizer, shards, source, split, asked=()):
     write_text_atomically(folder / 'meta.json', text)
 
 
-def meta_text(tokenizer, shards, source, split, asked=()):
+def meta_text(tokenizer: AnyTokenizer, shards: dict[str, list[dict]], source: str, split: str,
+              asked: dict[str, str] | tuple = ()) -> str:
     """The content of meta.json. asked: of questions, {'template', 'decline'}, as prepare_zh.py has them."""
     meta = {'format': 1, 'tokenizer': tokenizer.kind, 'fingerprint': tokenizer.fingerprint,
             'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, **dict(asked or {'template': ''}),
@@ -161,7 +166,7 @@ MADE_BY = {                                         # how to make the data sets 
 }
 
 
-def find_dataset(name, missing_ok=False):
+def find_dataset(name: str, missing_ok: bool = False) -> Path:
     """The folder for a data set's name (under data/) or path. Raises UserError if it is not there or half made."""
     folder = Path('data', name) if Path('data', name).is_dir() else Path(name)
     if not folder.is_dir():
@@ -182,7 +187,7 @@ def find_dataset(name, missing_ok=False):
     return folder
 
 
-def read_meta(folder):
+def read_meta(folder: str | Path) -> dict:
     """meta.json as a dict; {} for shards that another project made."""
     path = Path(folder, 'meta.json')
     if not path.exists():
@@ -197,7 +202,7 @@ def read_meta(folder):
         raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}); prepare the data again') from None
 
 
-def dataset_tokenizer(folder):
+def dataset_tokenizer(folder: str | Path) -> AnyTokenizer:
     """The tokenizer that made the shards in `folder`: meta.json says which, or nanoGPT's meta.pkl, or it is GPT-2's."""
     folder, meta = Path(folder), read_meta(folder)
     if not meta:
@@ -224,7 +229,7 @@ def _nanogpt_characters(path):
         raise UserError(f"{path} is not nanoGPT's table of characters ({e}); it is not loaded") from None
 
 
-def open_shard(path, headerless_ok=True):
+def open_shard(path: str | Path, headerless_ok: bool = True) -> np.ndarray:
     """The tokens of one shard as a read-only memory map, uint16 or uint32. Raises UserError if the file is damaged."""
     path = Path(path)
     if path.suffix == '.npy':
@@ -264,8 +269,8 @@ class TokenDataset:
     of batch_size windows on each of world_size processes; which windows those are does not depend on the layout.
     """
 
-    def __init__(self, folder, split, block_size, vocab_size, batch_size, seed=1337,
-                 grad_accum_steps=1, rank=0, world_size=1):
+    def __init__(self, folder: str | Path, split: str, block_size: int, vocab_size: int, batch_size: int,
+                 seed: int = 1337, grad_accum_steps: int = 1, rank: int = 0, world_size: int = 1):
         folder, meta = Path(folder), read_meta(folder)
         if meta:
             paths = [folder / shard['file'] for shard in meta['shards'].get(split, [])]
@@ -383,7 +388,7 @@ class TokenDataset:
         return torch.from_numpy(x), torch.from_numpy(y)
 
     @property
-    def windows_per_epoch(self):
+    def windows_per_epoch(self) -> int:
         """How many windows an epoch has. A text of 16 windows and more gives one up, to leave room for the shift."""
         movable = self.masks is None and self.n_windows >= 16
         return (self.n_tokens - self.block_size) // self.block_size if movable else self.n_windows
@@ -404,19 +409,19 @@ class TokenDataset:
                 variants[here] = mix(self.seed, epoch, 1) % self.block_size if moves else 0
         return numbers, variants
 
-    def batch(self, step, micro_step=0):
+    def batch(self, step: int, micro_step: int = 0) -> tuple:
         """Inputs and targets, each (batch_size, block_size) int64, for this process's part of a micro-step."""
         micro_batch = (step * self.grad_accum_steps + micro_step) * self.world_size + self.rank
         return self._windows(*self._order(micro_batch * self.batch_size, self.batch_size))
 
-    def targets_in(self, step):
+    def targets_in(self, step: int) -> int:
         """How many targets the whole global batch of `step` trains on, over all micro-steps and processes."""
         count = self.grad_accum_steps * self.world_size * self.batch_size
         if self.masks is None:
             return count * self.block_size
         return max(1, int(self.row_targets[self._order(step * count, count)[0]].sum()))
 
-    def eval_batches(self, eval_iters):
+    def eval_batches(self, eval_iters: int) -> Iterator[tuple]:
         """This process's share of eval_iters * batch_size windows spread evenly over the split, the same every time."""
         n = min(eval_iters * self.batch_size, self.n_windows)
         numbers = (np.arange(n) * self.n_windows // n)[self.rank::self.world_size]
@@ -425,7 +430,7 @@ class TokenDataset:
             yield self._windows(chosen, np.zeros_like(chosen))
 
 
-def divide_batch(total_batch_size, batch_size, block_size, world_size):
+def divide_batch(total_batch_size: int, batch_size: int, block_size: int, world_size: int) -> tuple[int, int]:
     """(tokens in an optimizer step, micro-steps that they take), if world_size processes work in micro-batches of
     batch_size * block_size tokens; total_batch_size 0 means one of these each. Raises UserError if it is no multiple.
     """
@@ -441,7 +446,7 @@ def divide_batch(total_batch_size, batch_size, block_size, world_size):
 # a permutation without a table
 
 
-def mix(*numbers):
+def mix(*numbers: int) -> int:
     """A well-stirred 64-bit integer from some integers (the finalizer of splitmix64, Steele et al. 2014)."""
     z = 0
     for number in numbers:
@@ -452,7 +457,7 @@ def mix(*numbers):
     return z
 
 
-def shuffled(places, n, key):
+def shuffled(places: np.ndarray, n: int, key: int) -> np.ndarray:
     """Entries `places` (int64 array) of the pseudo-random permutation of range(n) that `key` picks.
 
     A Feistel network of six rounds permutes the smallest square of a power of two that holds n; a result outside

@@ -13,6 +13,7 @@ import sysconfig
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ PEAK_TFLOPS = {
 }
 
 
-def pick_device(name='auto', local_rank=0):
+def pick_device(name: str = 'auto', local_rank: int = 0) -> str:
     """The torch device string for `name` (auto, cpu, cuda, cuda:1, mps). Raises UserError if it is not there. From then
     on, a process that computes on the CPU shares it well with others."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -60,7 +61,7 @@ def pick_device(name='auto', local_rank=0):
 
 
 @functools.cache        # once is enough
-def sleep_in_company():
+def sleep_in_company() -> None:
     """From now on OpenMP's threads sleep while they wait for each other, as long as this process has to share its CPUs.
 
     Alone they had better spin: they wait for a few microseconds, ten thousand times a second. But one that spins may do
@@ -76,7 +77,7 @@ def sleep_in_company():
         threading.Thread(target=_watch_for_company, args=(teams,), daemon=True).start()
 
 
-def waited_for_cpu():
+def waited_for_cpu() -> dict[str, int]:
     """{thread: nanoseconds that it could have run but had no CPU}, of this process; {} where nobody counts them."""
     waited = {}
     with contextlib.suppress(OSError, IndexError):
@@ -106,7 +107,7 @@ def _keep_a_team(gone):
     gone.wait()
 
 
-def pick_dtype(name='auto', device='cpu'):
+def pick_dtype(name: str = 'auto', device: str = 'cpu') -> str:
     """'float32', 'bfloat16' or 'float16': with 'auto' the fastest that is safe on `device`. Raises UserError."""
     kind = torch.device(device).type
     if name == 'auto':
@@ -123,7 +124,7 @@ def pick_dtype(name='auto', device='cpu'):
     return name
 
 
-def pick_compile(choice, device):
+def pick_compile(choice: str, device: str) -> bool:
     """Whether to run the training step through torch.compile. choice: 'true', 'false', or 'auto': on a GPU, if all is
     there that it needs."""
     if choice.lower() not in ('auto', 'true', 'false'):
@@ -147,19 +148,19 @@ def _lacking_for_triton():
     return '' if header.exists() else f"Python's headers ({header}; the package python3-dev)"
 
 
-def cpu_multiplies_bfloat16():
+def cpu_multiplies_bfloat16() -> bool:
     """True if this CPU has bfloat16 dot-product or matrix instructions (AVX512-BF16, AMX), not merely a conversion."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def autocast(device, dtype):
+def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
     """The context in which the forward pass runs: matrix products in `dtype` ('float32' changes nothing)."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=DTYPES[dtype])
 
 
-def synchronize(device):
+def synchronize(device: str) -> None:
     """Wait until `device` has finished what it was given, so that a clock read next tells the truth."""
     kind = torch.device(device).type
     if kind == 'cuda':
@@ -168,7 +169,7 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def listed_peak(gpu, dtype):
+def listed_peak(gpu: str, dtype: str) -> float | None:
     """The data sheet's floating-point operations a second of the GPU that calls itself `gpu`, or None if it is not in
     the table above: not for other products whose names begin alike, nor for a part of one (MIG)."""
     found = [key for key in PEAK_TFLOPS
@@ -176,7 +177,7 @@ def listed_peak(gpu, dtype):
     return 1e12 * PEAK_TFLOPS[max(found, key=len)][dtype == 'float32'] if found else None
 
 
-def peak_flops(device, dtype):
+def peak_flops(device: str, dtype: str) -> float:
     """The most floating-point operations a second that matrix products reach here: the data sheet's figure for a GPU
     listed above, otherwise the best of some large products timed now (less than a second, once)."""
     listed = torch.device(device).type == 'cuda' and listed_peak(torch.cuda.get_device_name(device), dtype)
@@ -197,7 +198,7 @@ def peak_flops(device, dtype):
 # -----------------------------------------------------------------------------
 # several processes, as torchrun starts them
 
-def init_distributed(device_name):
+def init_distributed(device_name: str) -> tuple[int, int, int]:
     """Join the process group that torchrun describes in the environment, if any: (rank, local_rank, world_size)."""
     if 'RANK' not in os.environ:
         return 0, 0, 1
@@ -216,7 +217,7 @@ def init_distributed(device_name):
     return rank, local_rank, world_size
 
 
-def from_everyone(value):
+def from_everyone(value: Any) -> list:
     """What each process has for `value` (numbers, strings, lists), as a list in the order of their ranks."""
     everyones = [value]
     if dist.is_initialized():
@@ -225,7 +226,7 @@ def from_everyone(value):
     return everyones
 
 
-def leave_distributed(status=0):
+def leave_distributed(status: int = 0) -> int:
     """Leave the process group, all together; nothing if there is none; returns `status`. With gloo the process ends
     here, with that status: its threads abort now and then if they are taken apart while another still listens."""
     if dist.is_initialized():
@@ -238,7 +239,7 @@ def leave_distributed(status=0):
     return status
 
 
-def own_copy(value, copies=None):
+def own_copy(value: Any, copies: dict | None = None) -> Any:
     """Nested dicts and lists, with copies on the CPU of the tensors in them; what was one tensor twice is so again."""
     copies = {} if copies is None else copies
     if isinstance(value, dict):
@@ -253,7 +254,7 @@ def own_copy(value, copies=None):
     return copies[key]
 
 
-def whole_state(optimizer):
+def whole_state(optimizer: torch.optim.Optimizer) -> dict:
     """On process 0 a copy of optimizer.state_dict() on the CPU, of a ZeroRedundancyOptimizer with the states of all
     processes; the others get {}. To be called by all. (Its own consolidate_state_dict() sends byte by byte.)"""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -280,7 +281,7 @@ def whole_state(optimizer):
     return {'state': state | own_copy(mine), 'param_groups': groups}
 
 
-def load_optimizer(optimizer, state):
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """optimizer.load_state_dict(state), with tensors of its own: what was read as a memory map would keep its file. And
     a ZeroRedundancyOptimizer leaves the step counts on the CPU, where a fused AdamW for a GPU does not find them, and
     keeps a second copy of all."""
@@ -291,14 +292,14 @@ def load_optimizer(optimizer, state):
         values.update({key: t.to(p.device, copy=True) for key, t in values.items() if torch.is_tensor(t)})
 
 
-def state_bytes(optimizer):
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """How many bytes the state of an optimizer takes in this process."""
     state = getattr(optimizer, 'optim', optimizer).state        # with ZeRO, the part of this process
     tensors = [t for values in state.values() for t in values.values() if torch.is_tensor(t)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def all_sum(values, device):
+def all_sum(values: list[float], device: str) -> list[float]:
     """The element-wise sum of a list of numbers over all processes, as a list of floats."""
     kind = torch.float32 if torch.device(device).type == 'mps' else torch.float64
     total = torch.tensor(values, dtype=kind, device=device)
@@ -318,11 +319,11 @@ class StopSignal:
     PIPE = 13                                               # SIGPIPE: who read our output has gone
     PATIENCE = 2.0                                          # seconds
 
-    def __init__(self, rank):
+    def __init__(self, rank: int):
         self.number, self.agreed, self.rank, self.since = 0, 0, rank, 0.0
         self.bottom, self.shown = '', 0.0       # what show() keeps below all other lines, and since when
 
-    def listen(self):
+    def listen(self) -> None:
         for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self)                 # but under nohup a closed terminal stays ignored
@@ -338,7 +339,7 @@ class StopSignal:
                 with contextlib.suppress(OSError):
                     os.write(1, b'stopping after this step; once more to quit at once\n')
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """Print on rank 0. Where nobody reads it any more (| head, a closed terminal), the run is to stop."""
         self._print(f'{self._blank()}{text}\n{self.bottom}')
 
@@ -360,9 +361,9 @@ class StopSignal:
             self.number = self.number or self.PIPE
             sys.stdout = open(os.devnull, 'w', encoding='utf-8')
 
-    def flags(self):
+    def flags(self) -> list[int]:
         """1 for the signal that came here, 0 for the others; their sums over all processes are for agree()."""
         return [int(self.number == number) for number in (*self.SIGNALS, self.PIPE)]
 
-    def agree(self, sums):
+    def agree(self, sums: list[float]) -> None:
         self.agreed = next((number for number, n in zip((*self.SIGNALS, self.PIPE), sums, strict=True) if n), 0)

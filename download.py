@@ -17,8 +17,10 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import urljoin
 
 from configurator import UserError
@@ -40,7 +42,7 @@ class DownloadError(UserError):
 # -----------------------------------------------------------------------------
 # settings
 
-def hub_endpoint():
+def hub_endpoint() -> str:
     """The hub or its mirror, from HF_ENDPOINT, without a slash at the end."""
     endpoint = os.environ.get('HF_ENDPOINT', '').strip().rstrip('/') or HUB
     if not re.match(r'https?://[^/]', endpoint):
@@ -48,7 +50,7 @@ def hub_endpoint():
     return endpoint
 
 
-def hub_token():
+def hub_token() -> str | bool:
     """HF_TOKEN, else the stored one, which goes to no mirror, else False: for None the library would look by itself."""
     token = os.environ.get('HF_TOKEN', '').strip()
     if not token and hub_endpoint() == HUB:
@@ -58,20 +60,21 @@ def hub_token():
     return token or False
 
 
-def offline():
+def offline() -> str | None:
     """The variable that forbids the network, as NAME=value, or None."""
     for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE'):
         if os.environ.get(name, '').strip().lower() in {'1', 'true', 'yes', 'on'}:
             return f'{name}={os.environ[name]}'
+    return None
 
 
-def plain(text):
+def plain(text: str) -> str:
     """An address, or a text with some, without what may be secret (user and password, presigned query)."""
     return re.sub(r'(https?://[^\s?#]*)[?#]\S*', r'\1', re.sub(r'//[^/\s]*@', '//', text))
 
 
 @functools.cache
-def hub_library():
+def hub_library() -> ModuleType:
     """huggingface_hub, taught what it does not do by itself, for all the requests that it makes in this process."""
     import huggingface_hub.file_download
     from huggingface_hub import constants
@@ -104,7 +107,7 @@ def hub_library():
 
 
 @contextmanager
-def in_words(url, is_hub=True):
+def in_words(url: str, is_hub: bool = True) -> Iterator[None]:
     """Whatever goes wrong between us and a server, of any of the HTTP libraries, becomes a DownloadError."""
     try:
         yield
@@ -131,7 +134,7 @@ def in_words(url, is_hub=True):
 
 
 @contextmanager
-def disk_in_words(path):
+def disk_in_words(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -142,7 +145,8 @@ def disk_in_words(path):
 # -----------------------------------------------------------------------------
 # the Hugging Face hub
 
-def hub_files(repo, folder='', *, repo_type='model', revision='main', keep=None):
+def hub_files(repo: str, folder: str = '', *, repo_type: str = 'model', revision: str = 'main',
+              keep: str | Path | None = None) -> list[dict]:
     """
     All files of a hub repository below `folder`: [{'path', 'size' in bytes, 'sha256' or None}], sorted by path.
 
@@ -174,7 +178,8 @@ def hub_files(repo, folder='', *, repo_type='model', revision='main', keep=None)
     return found
 
 
-def hub_download(repo, filename, folder, *, name=None, repo_type='model', revision='main', sha256=None, size=None):
+def hub_download(repo: str, filename: str, folder: str | Path, *, name: str | None = None, repo_type: str = 'model',
+                 revision: str = 'main', sha256: str | None = None, size: int | None = None) -> Path:
     """
     Fetch one file of a hub repository to folder/filename, or folder/name, unless it is there. Returns the Path.
 
@@ -228,7 +233,7 @@ def hub_download(repo, filename, folder, *, name=None, repo_type='model', revisi
     return fetched(path, size, sha256, f'{filename} of {repo} from {plain(endpoint)}', bring)
 
 
-def by_xet(part, repo, filename, **where):
+def by_xet(part: Path, repo: str, filename: str, **where) -> bool:
     """Whether the file came in the chunks of Xet, the hub's own way, the fastest; where it is barred, HTTP remains."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.file_download import is_xet_available
@@ -251,7 +256,7 @@ def by_xet(part, repo, filename, **where):
 # -----------------------------------------------------------------------------
 # plain addresses
 
-def download(url, path, *, sha256, size):
+def download(url: str, path: str | Path, *, sha256: str, size: int) -> Path:
     """
     Fetch the file of `url` to `path`, unless it is there, and return that Path. Raises DownloadError.
 
@@ -279,7 +284,8 @@ def download(url, path, *, sha256, size):
     return fetched(path, size, sha256, plain(url), bring)
 
 
-def fetched(path, size, sha256, source, bring):
+def fetched(path: str | Path, size: int | None, sha256: str | None, source: str,
+            bring: Callable[[Path], tuple[int | None, str | None]]) -> Path:
     """
     `path`, where the file is or has been brought by now; `source` says in words where from.
 
@@ -313,10 +319,11 @@ def fetched(path, size, sha256, source, bring):
                         'the source has changed or a proxy meddles.')
 
 
-def mismatch(path, size, sha256):
+def mismatch(path: Path, size: int | None, sha256: str | None) -> str | None:
     """What is wrong with a file, in words, or None. size and sha256 may be None."""
     actual = path.stat().st_size
     if size is not None and actual != size:
         return f'{actual:,} bytes instead of {size:,}'
-    if sha256 is not None and (actual := sha256_of(path)) != sha256.lower():
-        return f'SHA-256 {actual} instead of {sha256.lower()}'
+    if sha256 is not None and (digest := sha256_of(path)) != sha256.lower():
+        return f'SHA-256 {digest} instead of {sha256.lower()}'
+    return None

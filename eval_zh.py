@@ -9,6 +9,7 @@ the letter. SETS says what is asked; data/zh_qa/README.md, how the questions wer
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
@@ -17,7 +18,9 @@ import torch
 
 from checkpoint import load_for_use
 from device import pick_device, pick_dtype
+from model import GPT
 from sample import generate_answers
+from tokenizer import AnyTokenizer
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint file or folder; auto = out_dir, or the newest run in a folder of it
@@ -37,7 +40,7 @@ SETS = {'heldout': 'held-out questions', 'heldout_forms': 'unseen forms', 'heldo
 SHIPPED = Path(__file__).resolve().parent / 'data' / 'zh_qa'
 
 
-def load_questions(folder=SHIPPED):
+def load_questions(folder: str | Path = SHIPPED) -> dict[str, list[dict]]:
     """{'heldout': [{'prompt', 'completion'}], ...} from the .jsonl files of `folder`; a prompt is a question, or a list
     of turns of which it is the last (see sample.conversation). Raises UserError."""
     questions, paths = {}, {name: Path(folder, f'{name}.jsonl') for name in SETS}
@@ -51,7 +54,7 @@ def load_questions(folder=SHIPPED):
     return questions
 
 
-def as_question(row):
+def as_question(row: dict) -> dict:
     """A line of a .jsonl file as {'prompt', 'completion'}: of a conversation, what was said last is to be answered."""
     if 'conversations' not in row:
         return row
@@ -59,8 +62,9 @@ def as_question(row):
     return {'prompt': turns, 'completion': answer}
 
 
-def evaluate(model, tokenizer, template, decline, questions, *, rank=0, world_size=1, batch_size=128, max_new_tokens=96,
-             should_stop=None):
+def evaluate(model: GPT, tokenizer: AnyTokenizer, template: str, decline: str, questions: dict[str, list[dict]], *,
+             rank: int = 0, world_size: int = 1, batch_size: int = 128, max_new_tokens: int = 96,
+             should_stop: Callable[[], bool] | None = None) -> dict[str, list[tuple]]:
     """Answer this process's share of `questions`. Returns {set: [(prompt, expected, answer), ...]}."""
     mine = [(name, row) for name in questions for row in questions[name]][rank::world_size]
     answers = generate_answers([row['prompt'] for _, row in mine], model, tokenizer, template=template, decline=decline,
@@ -72,13 +76,14 @@ def evaluate(model, tokenizer, template, decline, questions, *, rank=0, world_si
     return results
 
 
-def count_right(model, tokenizer, template, decline, questions, **share):
+def count_right(model: GPT, tokenizer: AnyTokenizer, template: str, decline: str, questions: list[dict],
+                **share) -> tuple[int, int]:
     """(right, answered) among a list of questions [{'prompt', 'completion'}]; what train.py asks during training."""
     rows = evaluate(model, tokenizer, template, decline, {'heldout': questions}, **share)['heldout']
     return sum(answer == expected for _, expected, answer in rows), len(rows)
 
 
-def count(results, decline):
+def count(results: dict[str, list[tuple]], decline: str) -> dict[str, dict[str, int]]:
     """{set: {'right', 'other', 'declined', 'noise', 'total'}}: an answer that is not the right one is one that belongs
     to another question, the declining one, or noise."""
     known = {expected for rows in results.values() for _, expected, _ in rows}
@@ -91,7 +96,7 @@ def count(results, decline):
     return counts
 
 
-def main():
+def main() -> None:
     chosen_device = pick_device(device)
     model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, chosen_device,
                                                              pick_dtype(dtype, chosen_device))

@@ -17,9 +17,11 @@ weights they were trained with: PeftModel.from_pretrained(base, FOLDER). In the 
 import json
 import os
 import re
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from configurator import UserError, configure, first_line      # first: from here on, Ctrl-C is quiet
 
@@ -30,7 +32,9 @@ from download import offline
 from files import write_atomically
 from huggingface import (GPT2_NAMES, Unsupported, export_tensors, family_of, is_published, save_adapters, save_folder,
                          tokenizer_files)
+from model import GPT
 from quantize import to_int8
+from tokenizer import AnyTokenizer
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint, a published model, or a folder; auto = out_dir, or the newest run in it
@@ -49,7 +53,7 @@ WORDS = {('ByteLevel',): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm', (QWEN2,): '
          (QWEN2.replace(r'|\p{N}|', r'|\p{N}{1,3}|'),): 'llama-bpe'}
 
 
-def export_int8(path, checkpoint, target):
+def export_int8(path: str | Path, checkpoint: dict, target: Path) -> None:
     model = build_model(checkpoint, path)
     kept = {key: checkpoint[key] for key in ('iter_num', 'config', 'tokenizer', 'tokenizer_fingerprint',
                                              'template', 'decline', 'start', 'eot') if key in checkpoint}
@@ -61,14 +65,14 @@ def export_int8(path, checkpoint, target):
     print(f'{target}: {size / 1e6:.2f} MB, {size / float_bytes:.3f} of that')
 
 
-def export_hf(path, checkpoint, target):
+def export_hf(path: str | Path, checkpoint: dict, target: Path) -> None:
     model, tokenizer = build_model(checkpoint, path), tokenizer_of(checkpoint, path)
     save_folder(target, asdict(model.config), model.state_dict(), tokenizer, tokenizer.start,
                 checkpoint.get('template', ''), model_card(path, checkpoint, model))
     print(f'{target}: {model.num_params():,} parameters, for AutoModelForCausalLM.from_pretrained({str(target)!r})')
 
 
-def export_gguf(path, checkpoint, target):
+def export_gguf(path: str | Path, checkpoint: dict, target: Path) -> None:
     try:
         import gguf
     except ImportError:
@@ -102,8 +106,8 @@ def export_gguf(path, checkpoint, target):
         kind = 'f32' if tensor.dim() == 1 or name == 'position_embd.weight' else gguf_type
         if kind == 'q8_0' and tensor.size(1) % 32:          # which are the blocks that have a scale each
             kind = 'f16'
-        kind = gguf.GGMLQuantizationType[kind.upper()]
-        writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), kind), raw_dtype=kind)
+        dtype = gguf.GGMLQuantizationType[kind.upper()]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), dtype), raw_dtype=dtype)
 
     def write(f):
         with closing(writer):
@@ -115,7 +119,8 @@ def export_gguf(path, checkpoint, target):
     print(f'{target}: {model.num_params():,} parameters, {target.stat().st_size / 1e6:.2f} MB, for llama.cpp')
 
 
-def gguf_tensors(weights, args, family, n_vocab):
+def gguf_tensors(weights: dict[str, torch.Tensor], args: dict, family: str,
+                 n_vocab: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor), as llama.cpp has them, for our state_dict: without the rows of the vocabulary's padding,
     which it would sample like others."""
     from gguf import MODEL_ARCH, get_tensor_name_map
@@ -131,7 +136,7 @@ def gguf_tensors(weights, args, family, n_vocab):
         yield name, tensor[:n_vocab] if name in ('token_embd.weight', 'output.weight') else tensor
 
 
-def describe_tokenizer(writer, tokenizer, block_size, template):
+def describe_tokenizer(writer: Any, tokenizer: AnyTokenizer, block_size: int, template: str) -> None:
     """Put the tokenizer, and the template of questions, into the head of a GGUF file. Raises Unsupported."""
     from gguf import TokenType
     from tokenizers import Regex, pre_tokenizers
@@ -173,7 +178,7 @@ def describe_tokenizer(writer, tokenizer, block_size, template):
         print('note: several blanks before a character that has no token of its own may be other tokens in llama.cpp')
 
 
-def export_lora(path, checkpoint, target):
+def export_lora(path: str | Path, checkpoint: dict, target: Path) -> None:
     model, began = build_model(checkpoint, path, merged=False), checkpoint.get('config', {}).get('init_from', '')
     if not model.config.lora_rank:
         raise UserError(f'{path} has no adapters: it was not trained with --lora_rank; --format=hf exports all weights')
@@ -183,7 +188,7 @@ def export_lora(path, checkpoint, target):
     print(f'base: {base or f"what python export.py --init_from={began} --format=hf writes"}')
 
 
-def model_card(path, checkpoint, model):
+def model_card(path: str | Path, checkpoint: dict, model: GPT) -> str:
     """README.md of the folder: what the model is and how it was trained, as far as the checkpoint says."""
     settings, shape = checkpoint.get('config', {}), model.config
     facts = {'parameters': f'{model.num_params():,}',
@@ -208,7 +213,7 @@ def model_card(path, checkpoint, model):
               'It continues text as its training data go on. It has not been tuned to be safe or truthful.\n')
 
 
-def upload(folder, repo):
+def upload(folder: Path, repo: str) -> None:
     """Put the folder on the hub as `repo`. Raises UserError, and leaves the folder, if that cannot be."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
@@ -225,7 +230,7 @@ def upload(folder, repo):
         raise UserError(f'{folder} is written, but the hub did not take it as {repo}: {why}') from None
 
 
-def main():
+def main() -> None:
     if push:
         if format != 'hf':
             raise UserError('push uploads a Hugging Face folder: say --format=hf')

@@ -8,8 +8,10 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from configurator import UserError
 
@@ -22,7 +24,7 @@ except ImportError:         # Windows
 LOCK_POLL = 0.2             # seconds between two looks at a lock that another process holds
 
 
-def write_atomically(path, write):
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write(f)` on a temporary binary file beside `path`; once it is safely on disk, rename it to `path`.
 
     Raises UserError where that cannot be, as on a full disk; what was at `path` before is then untouched.
@@ -48,7 +50,7 @@ def write_atomically(path, write):
         raise UserError(f'cannot write {path}: {why.strerror or why}; what was there before is untouched') from None
 
 
-def replace(tmp, path):
+def replace(tmp: Path, path: Path) -> None:
     """os.replace(), which Windows refuses while anybody reads what is at `path`: there, wait for some seconds."""
     for tries_left in range(50, -1, -1):
         try:
@@ -59,12 +61,12 @@ def replace(tmp, path):
             time.sleep(LOCK_POLL)
 
 
-def write_text_atomically(path, text):
+def write_text_atomically(path: str | Path, text: str) -> None:
     """write_atomically() for a text, in UTF-8, with its line ends as they are."""
     write_atomically(path, lambda f: f.write(text.encode('utf-8')))
 
 
-def sha256_of(path):
+def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hex."""
     with open(path, 'rb') as f:
         digest = hashlib.sha256()
@@ -73,13 +75,13 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def beside(path, suffix):
+def beside(path: str | Path, suffix: str) -> Path:
     """The path of a file in the same folder, with `suffix` behind its name."""
     return Path(path).with_name(Path(path).name + suffix)
 
 
 @contextmanager
-def locked(path, doing='working on'):
+def locked(path: str | Path, doing: str = 'working on') -> Iterator[None]:
     """Hold PATH.lock, and wait, after a word on standard error, while another process does.
 
     It is a lock of the operating system, so that it dies with its process and is never stale.
@@ -105,7 +107,7 @@ def _let_go(lock, fd):
             lock.unlink()
 
 
-def try_lock(lock):
+def try_lock(lock: Path) -> int | None:
     """An open file descriptor that holds the lock, or None while another process does."""
     fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -113,7 +115,7 @@ def try_lock(lock):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:                   # far behind the end: what is locked there, nobody else can read
             os.lseek(fd, 1 << 30, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined]
             os.lseek(fd, 0, os.SEEK_SET)
         if os.path.samestat(os.fstat(fd), os.stat(lock)):   # a file that its last holder has removed locks nobody out
             return fd
@@ -128,7 +130,7 @@ def try_lock(lock):
     return None
 
 
-def claim(folder, room=0):
+def claim(folder: str | Path, room: int = 0) -> Callable[[], None]:
     """Make `folder`, and hold its run.lock until this process ends, however it ends. Raises UserError if another run
     holds it, naming its host and process, or if nothing could be saved there, which takes `room` bytes."""
     path, me = Path(folder, 'run.lock'), [socket.gethostname(), str(os.getpid())]

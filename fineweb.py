@@ -22,6 +22,7 @@ import re
 import signal
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -71,8 +72,10 @@ FIRST = 'first_000000.bin'  # the first shard, until it is known how much of it 
 # -----------------------------------------------------------------------------
 # in the workers: texts -> tokens
 
+encoding: tiktoken.Encoding         # GPT-2's, as soon as a worker is ready
 
-def start_worker():
+
+def start_worker() -> None:
     """Get ready to tokenize, leave Ctrl-C to the parent, and end when the parent does, however that is."""
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -84,9 +87,9 @@ def start_worker():
     encoding = tiktoken.get_encoding('gpt2')
 
 
-def tokenize(batch):
+def tokenize(batch: list[tuple[bool, str]]) -> np.ndarray:
     """The tokens, uint16, of [(does a document start here?, text)], each document behind an end-of-text token."""
-    rows = []
+    rows: list = []
     for starts, text in batch:
         if starts:
             rows.append([EOT])
@@ -95,7 +98,7 @@ def tokenize(batch):
 
 
 @contextmanager
-def worker_pool(count):
+def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
     """Gives an executor of `count` processes. Raises UserError when one of them dies."""
     pool = ProcessPoolExecutor(count, multiprocessing.get_context('spawn'), start_worker)
     try:
@@ -116,7 +119,7 @@ def worker_pool(count):
 # files -> tokens, in order
 
 
-def list_files():
+def list_files() -> list[dict]:
     """What to make the data set of, in order: [{'path', 'size' in bytes, 'sha256' or None, 'tokens' in it, about}]."""
     if input:
         return [{'path': str(p), 'size': p.stat().st_size, 'sha256': None, 'tokens': 0} for p in find_inputs(input)]
@@ -129,13 +132,13 @@ def list_files():
     return [{**file, 'tokens': SAMPLES[sample] * file['size'] / size} for file in files]
 
 
-def fetch(file, repo=REPO, folder=SOURCE):
+def fetch(file: dict, repo: str = REPO, folder: Path = SOURCE) -> Path:
     """The Path of a listed file, after downloading and verifying it unless it is there already. Raises UserError."""
     return Path(file['path']) if input else hub_download(repo, file['path'], folder, repo_type='dataset',
                                                          size=file['size'], sha256=file['sha256'])
 
 
-def in_background(function, *args):
+def in_background(function: Callable, *args) -> Future:
     """A Future of function(*args), which runs in a thread that does not keep the process from ending."""
     def work():
         try:
@@ -148,7 +151,7 @@ def in_background(function, *args):
     return future
 
 
-def batches(path, first):
+def batches(path: Path, first: int) -> Iterator[tuple[int, int, list[tuple[bool, str]]]]:
     """(number of its first piece, bytes of the file read, [(starts, text)]) for a file's pieces from `first` on."""
     with open(path, 'rb') as raw:
         batch, size = [], 0
@@ -162,7 +165,8 @@ def batches(path, first):
             yield number + 1 - len(batch), raw.tell(), batch
 
 
-def tokenized(pool, path, first, window):
+def tokenized(pool: ProcessPoolExecutor, path: Path, first: int,
+              window: int) -> Iterator[tuple[int, int, np.ndarray]]:
     """(number, bytes, tokens) for each of batches(path, first), in order, with at most `window` of them under way."""
     waiting = deque()
     for number, read, batch in batches(path, first):
@@ -174,7 +178,8 @@ def tokenized(pool, path, first, window):
         yield number, read, future.result()
 
 
-def token_stream(pool, files, place, count, most, window):
+def token_stream(pool: ProcessPoolExecutor, files: list[dict], place: list[int], count: int, most: int,
+                 window: int) -> Iterator[tuple[tuple[int, int, int], int, np.ndarray]]:
     """Yield ((file, piece, offset), bytes read, tokens) on from `place`, where there are `count` tokens, to `most`.
 
     A place is `offset` tokens behind the start of a file's piece: a document, or a part of a very long one. The next
@@ -207,7 +212,7 @@ def token_stream(pool, files, place, count, most, window):
 # tokens -> shards
 
 
-def make_shards(folder, k, tag, files, record, save):
+def make_shards(folder: Path, k: int, tag: str, files: list[dict], record: dict, save: Callable[[], None]) -> None:
     """Write the shards of part k and enter each into the record: a killed run goes on behind the last of them."""
     shards, settings = record['shards'], record['settings']
     most = -(-settings['max_tokens'] // settings['parts'])
@@ -245,7 +250,7 @@ def make_shards(folder, k, tag, files, record, save):
     drop_source(files)
 
 
-def install(folder, writer):
+def install(folder: Path, writer: 'ShardWriter') -> list[dict]:
     """Close the writer's shards and give them their names; returns [{'file', 'tokens', 'sha256'}]."""
     written = writer.finish()
     for shard in written:
@@ -253,7 +258,7 @@ def install(folder, writer):
     return written
 
 
-def divide(folder, tag, shards, most):
+def divide(folder: Path, tag: str, shards: dict[str, list[dict]], most: int) -> None:
     """Of the first shard, leave at most so many tokens to validation; the rest is for training.
 
     It stays as it is until the record says that this is done, since this, too, may be cut short.
@@ -269,12 +274,12 @@ def divide(folder, tag, shards, most):
     shards['train'] = install(folder, rest) + shards['train']
 
 
-def drop_source(files):
+def drop_source(files: list[dict]) -> None:
     for file in [] if keep_source else files:
         (SOURCE / file['path']).unlink(missing_ok=True)
 
 
-def fetch_shards(folder, k, tag, files, record, save):
+def fetch_shards(folder: Path, k: int, tag: str, files: list[dict], record: dict, save: Callable[[], None]) -> None:
     """Fetch shards that have been tokenized: all for validation, and for training enough to have max_tokens."""
     have = {shard['file']: shard for split in record['shards'].values() for shard in split}
     most = record['settings']['max_tokens']
@@ -296,10 +301,11 @@ def fetch_shards(folder, k, tag, files, record, save):
 # the record of what is done
 
 
-def read_record(folder, tag, settings):
+def read_record(folder: Path, tag: str, settings: dict) -> dict:
     """The record of a part, {} if there is none. Raises UserError if the folder is another's or has other settings."""
     theirs = [p.name for pattern in ('*.bin', '*.bin.tmp', '*.npy', '*.json', 'meta.*') for p in folder.glob(pattern)]
-    records = {path.name: path for path in folder.glob(FINEWEB_RECORD)}     # in this order: other parts may be starting
+    # in this order: other parts may be starting
+    records: dict = {path.name: path for path in folder.glob(FINEWEB_RECORD)}
     if theirs and not records:
         raise UserError(f'{folder} holds {theirs[0]}, which is not of fineweb.py; choose another --out')
     for path in records.values():
@@ -316,7 +322,7 @@ def read_record(folder, tag, settings):
     return records.get(f'progress{tag}.json', {})
 
 
-def finish(folder, tag, settings):
+def finish(folder: Path, tag: str, settings: dict) -> None:
     """Write meta.json if all parts are done and here, and say what there is. Raises UserError if a shard is missing."""
     tags = [f'_{i + 1}of{settings["parts"]}' for i in range(settings['parts'])] if tag else ['']
     records = {t: read_record(folder, t, settings) for t in tags}
@@ -344,7 +350,7 @@ def finish(folder, tag, settings):
     print(f'wrote {folder}; train on it with --dataset={folder.name if folder.parent == Path("data") else folder}')
 
 
-def check_settings():
+def check_settings() -> tuple[int, int, int]:
     """(part, parts, tokens wanted of all parts together or 0). Raises UserError for settings that cannot be."""
     if not 0 < fraction <= 1:
         raise UserError(f'fraction must be above 0 and at most 1, not {fraction}')
@@ -363,7 +369,7 @@ def check_settings():
     return int(numbers[1]), int(numbers[2]), most
 
 
-def main():
+def main() -> None:
     k, parts, most = check_settings()
     tag = f'_{k}of{parts}' if parts > 1 else ''
     folder = Path(out) if out else SOURCE.parent

@@ -3,6 +3,8 @@
 N rows, C channels, V vocabulary.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch.nn import functional as F
 
@@ -20,7 +22,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_grad):
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype,
+                with_grad: bool) -> torch.Tensor:
         # x (N, C), weight (V, C), targets (N) int64 with -100 for none; the products run in `dtype`
         # every slice reads all weights, so that it should not be too thin
         rows = max(512, SLICE.get(x.device.type, 1 << 28) // weight.size(0))
@@ -46,12 +49,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss: torch.Tensor) -> tuple:
         (grad_x, grad_w), ctx.grads = ctx.grads, None        # scaled in place, and so for one backward pass only
         return grad_x.mul_(grad_loss), None if grad_w is None else grad_w.mul_(grad_loss), None, None, None
 
 
-def token_losses(x, head, targets):
+def token_losses(x: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
     """-ln p of each target (N,) int64, float32 and 0 where it is -100, for x (N, C) through the output layer `head`.
     Without gradients, and without ever holding all logits."""
     losses = torch.zeros(targets.shape, device=x.device)
@@ -61,7 +64,7 @@ def token_losses(x, head, targets):
     return losses
 
 
-def rms_norm(x, weight=None, eps=None):
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = None) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension: Zhang and Sennrich 2019. x (..., C); weight (C) or
     None; eps: None is float32's smallest step."""
     if x.device.type == 'cpu' and x.requires_grad and not torch.compiler.is_compiling():
@@ -74,7 +77,7 @@ class RMSNormOnCPU(torch.autograd.Function):
     With a mean of 0, layer_norm's is this one less the gradient's mean."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
         r = r.square_().div_(x.size(-1)).add_(eps).rsqrt_()                         # (..., 1)
@@ -83,7 +86,7 @@ class RMSNormOnCPU(torch.autograd.Function):
         return (y if weight is None else y.mul_(weight)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: torch.Tensor) -> tuple:
         x, weight, r = ctx.saved_tensors
         w, grad = None if weight is None else weight.to(r.dtype), grad.to(r.dtype)
         grad_x, grad_w, _ = torch.ops.aten.native_layer_norm_backward(
@@ -92,7 +95,7 @@ class RMSNormOnCPU(torch.autograd.Function):
         return grad_x.addcmul_(mean, r).to(x.dtype), None if w is None else grad_w.to(weight.dtype), None
 
 
-def dropout(x, p):
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """x with each element 0 with probability p, and the others divided by 1 - p; Srivastava et al. 2014."""
     if p == 0:
         return x
@@ -118,11 +121,11 @@ class Muon(torch.optim.Muon):
     "Muon is scalable"), so that one learning rate serves both. Settings, state and results are torch's.
     """
 
-    def __init__(self, params, **options):
+    def __init__(self, params: Iterable, **options):
         super().__init__(params, adjust_lr_fn='match_rms_adamw', **options)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> None:
         for group in self.param_groups:
             alike = {}
             for p in group['params']:
@@ -135,7 +138,7 @@ class Muon(torch.optim.Muon):
                 for i in range(0, len(params), n):
                     self.update(params[i:i + n], group)
 
-    def update(self, params, group):
+    def update(self, params: list[torch.Tensor], group: dict) -> None:
         """One step of `params`, matrices of one shape or its transpose, with the settings of their group."""
         gradients, momenta = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
         torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])

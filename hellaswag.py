@@ -15,6 +15,8 @@ import json
 import random
 import time
 from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from configurator import UserError, configure, first_line      # first: from here on, Ctrl-C is quiet
 
@@ -24,7 +26,8 @@ from checkpoint import load_for_use
 from device import from_everyone, init_distributed, leave_distributed, pick_device, pick_dtype
 from download import DownloadError, hub_download
 from metrics import progress_bar
-from model import for_any_shape
+from model import GPT, for_any_shape
+from tokenizer import AnyTokenizer
 
 # -----------------------------------------------------------------------------
 init_from = 'auto'          # a checkpoint, a published model, or a folder; auto = out_dir, or the newest run in it
@@ -44,7 +47,7 @@ Question = namedtuple('Question', 'context endings label text')     # token ids:
 Answer = namedtuple('Answer', 'index sums means')                   # which question; -ln p of its 4 endings, in nats
 
 
-def load_questions(tokenizer, data='', limit=0):
+def load_questions(tokenizer: AnyTokenizer, data: str | Path = '', limit: int = 0) -> list[Question]:
     """The questions of the file `data` (the official ones, downloaded once, if it is ''), the first `limit` of them
     or all, as a list of Questions in the tokens of `tokenizer`. Raises UserError."""
     try:
@@ -81,7 +84,7 @@ def load_questions(tokenizer, data='', limit=0):
             for i, row in enumerate(rows)]
 
 
-def read_rows(path):
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yields (place, row) for every line of a .jsonl, or row of a .parquet. Raises UserError."""
     try:
         if str(path).endswith('.parquet'):
@@ -99,7 +102,7 @@ def read_rows(path):
         raise UserError(f'{path} cannot be read as questions: {first_line(e)}') from None
 
 
-def fit(question, block_size):
+def fit(question: Question, block_size: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """(context, endings) of a question, cut so that the context with any of its endings fits into the model: the
     endings at their end, the context at its beginning, but never to nothing."""
     endings = tuple(ending[:block_size] for ending in question.endings)
@@ -109,7 +112,9 @@ def fit(question, block_size):
 
 @for_any_shape
 @torch.inference_mode()
-def evaluate(model, questions, *, rank=0, world_size=1, batch_size=64, progress=None, should_stop=None):
+def evaluate(model: GPT, questions: list[Question], *, rank: int = 0, world_size: int = 1, batch_size: int = 64,
+             progress: Callable[[list[Answer]], None] | None = None,
+             should_stop: Callable[[], bool] | None = None) -> list[Answer]:
     """This process's share of `questions`, as a list of Answers, in no particular order.
 
     A question is one row: its context, once, and behind it each of its endings, which sees the context and itself but
@@ -160,7 +165,7 @@ def evaluate(model, questions, *, rank=0, world_size=1, batch_size=64, progress=
     return answers
 
 
-def split(rows, lengths, batch_size):
+def split(rows: list[int], lengths: list[int], batch_size: int) -> list[list[int]]:
     """`rows`, indices into `lengths` from long to short, in batches of batch_size at most, or fewer where they are over
     256 tokens long, and with little padding in each."""
     batches, longest, most, tokens = [], 0, 0, 0
@@ -175,12 +180,12 @@ def split(rows, lengths, batch_size):
     return batches
 
 
-def smallest(losses):
+def smallest(losses: list[float]) -> int:
     """The index of the smallest loss, the first of equal ones: the ending that the model chooses."""
     return losses.index(min(losses))
 
 
-def count(answers, questions):
+def count(answers: list[Answer], questions: list[Question]) -> tuple[int, ...]:
     """(right by the loss per token, right by all of it, right by the loss per character, how many)."""
     right = [0, 0, 0]
     for answer in answers:
@@ -192,12 +197,13 @@ def count(answers, questions):
     return *right, len(answers)
 
 
-def count_right(model, questions, *, rank=0, world_size=1, should_stop=None):
+def count_right(model: GPT, questions: list[Question], *, rank: int = 0, world_size: int = 1,
+                should_stop: Callable[[], bool] | None = None) -> tuple[int, ...]:
     """What count() says of this process's share; what train.py asks during training."""
     return count(evaluate(model, questions, rank=rank, world_size=world_size, should_stop=should_stop), questions)
 
 
-def main():
+def main() -> None:
     rank, local_rank, world_size = init_distributed(device)
     chosen_device = pick_device(device, local_rank)
     model, tokenizer, _, description = load_for_use(init_from, out_dir, chosen_device, pick_dtype(dtype, chosen_device))

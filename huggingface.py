@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from configurator import UserError
 from download import DownloadError, hub_download, hub_files
 from files import write_atomically
-from tokenizer import END_OF_TEXT, from_state, gpt2_tokenizer, load_tokenizer
+from tokenizer import END_OF_TEXT, AnyTokenizer, from_state, gpt2_tokenizer, load_tokenizer
 
 GPT2_NAMES = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
               'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
@@ -37,7 +38,7 @@ class Unsupported(UserError):
 # -----------------------------------------------------------------------------
 # finding
 
-def is_published(name):
+def is_published(name: str) -> bool:
     """Whether `name` means a model in Hugging Face's layout: gpt2, gpt2-medium, ..., a folder that holds one, or
     owner/name on the hub (unless there is a local folder called owner, or one that is nearly called owner/name: then it
     is a mistyped path)."""
@@ -48,18 +49,18 @@ def is_published(name):
     return name in GPT2_NAMES or bool(re.fullmatch(r'[\w.-]+/[\w.-]+', name)) and not is_path
 
 
-def near_folder(name):
+def near_folder(name: str) -> str:
     """The folder two levels down from here that has nearly this name, or ''."""
     here = [path.as_posix() for path in Path('.').glob('*/*') if path.is_dir()]
     return next(iter(difflib.get_close_matches(name, here, n=1, cutoff=0.8)), '')
 
 
-def same_model(one, other):
+def same_model(one: str, other: str) -> bool:
     """Whether two names or paths mean the same model."""
     return os.path.normpath(GPT2_NAMES.get(one, one)) == os.path.normpath(GPT2_NAMES.get(other, other))
 
 
-def fetch(name):
+def fetch(name: str) -> Path:
     """The folder with the model `name`, downloaded from the hub or its mirror if need be. Raises UserError."""
     if Path(name).is_dir():
         return Path(name)
@@ -111,7 +112,7 @@ def _read_json(path):
 # -----------------------------------------------------------------------------
 # config.json <-> GPTConfig
 
-def read_config(config, where='config.json'):
+def read_config(config: dict, where: str | Path = 'config.json') -> dict:
     """GPTConfig's arguments for a config.json, a dict. Raises Unsupported, naming the feature that we do not have."""
     kind = config.get('model_type')
 
@@ -165,7 +166,8 @@ def read_config(config, where='config.json'):
         raise UserError(f'{where} has no {e}; is it the whole file?') from None
 
 
-def family_of(args, has='class of transformers', mlps=('gelu', 'gelu_erf', 'silu', 'relu2')):
+def family_of(args: dict, has: str = 'class of transformers',
+              mlps: tuple[str, ...] = ('gelu', 'gelu_erf', 'silu', 'relu2')) -> str:
     """'gpt2', 'llama' or 'qwen2': the class of `transformers` that has the shape `args`, a whole GPTConfig as a dict.
     Raises Unsupported, naming the switch that none has. has, mlps: for what else goes by these names, and what it has
     between the matrices of a GPT-2."""
@@ -188,7 +190,7 @@ def family_of(args, has='class of transformers', mlps=('gelu', 'gelu_erf', 'silu
     return 'qwen2' if args['qkv_bias'] and not args['bias'] else 'llama'
 
 
-def write_config(args, bos, eos):
+def write_config(args: dict, bos: int | None, eos: int | None) -> dict:
     """config.json, a dict, for a whole GPTConfig as a dict; bos, eos: token ids or None."""
     family = family_of(args)
     common = {'architectures': [{'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM',
@@ -215,7 +217,7 @@ def write_config(args, bos, eos):
 # -----------------------------------------------------------------------------
 # tensors
 
-def tensor_map(family, args):
+def tensor_map(family: str, args: dict) -> Iterator[tuple[str, list[str], bool]]:
     """Yields (our name, [their names], transposed) for every tensor of a model.
 
     Where they keep several, ours is those on top of each other: queries, keys and values; gate and up. GPT-2's own
@@ -229,7 +231,7 @@ def tensor_map(family, args):
              'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
              'attn.c_proj': ['self_attn.o_proj'], 'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'],
              'mlp.c_proj': ['mlp.down_proj']}
-    theirs = names.get(family, llama)
+    theirs: dict = names.get(family, llama)
     norm_parts = ('weight', 'bias') if family == 'gpt2' else ('weight',)
     yield 'transformer.wte.weight', [theirs['wte'] + '.weight'], False
     if family == 'gpt2':
@@ -249,7 +251,7 @@ def tensor_map(family, args):
         yield 'lm_head.weight', ['lm_head.weight'], False
 
 
-def read_tensors(folder):
+def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of all .safetensors that a folder's index names, or of its one file. Raises UserError."""
     folder, tensors = Path(folder), {}
     for name in _weight_files(folder):
@@ -264,7 +266,8 @@ def read_tensors(folder):
     return tensors
 
 
-def import_tensors(tensors, args, family, where):
+def import_tensors(tensors: dict[str, torch.Tensor], args: dict, family: str,
+                   where: str | Path) -> dict[str, torch.Tensor]:
     """Our state_dict, float32, from their tensors. Raises UserError if one is missing, or left over."""
     if family == 'gpt2' and 'wte.weight' in tensors:                # as OpenAI's are published: without the prefix
         tensors = {k if k.startswith('lm_head') else f'transformer.{k}': v for k, v in tensors.items()}
@@ -290,7 +293,7 @@ def import_tensors(tensors, args, family, where):
     return ours
 
 
-def export_tensors(weights, args):
+def export_tensors(weights: dict[str, torch.Tensor], args: dict) -> dict[str, torch.Tensor]:
     """Their tensors, {name: tensor}, from our state_dict. Raises Unsupported if the table does not know one of ours."""
     tensors, table = {}, list(tensor_map(family_of(args), args))
     unknown = weights.keys() - {name for name, *_ in table} - ({'lm_head.weight'} if args['tie_weights'] else set())
@@ -315,7 +318,7 @@ def _split_rows(tensor, theirs, args):
 # -----------------------------------------------------------------------------
 # tokenizers
 
-def read_tokenizer(folder, config):
+def read_tokenizer(folder: str | Path, config: dict) -> tuple[AnyTokenizer | None, list[int], int | None]:
     """(tokenizer or None, ids that begin a text, the id that ends one or None) of a folder in their layout."""
     from tokenizers import Tokenizer
     path = Path(folder, 'tokenizer.json')
@@ -334,7 +337,7 @@ def read_tokenizer(folder, config):
     return tokenizer, start, eos if isinstance(eos, int) and tokenizer and eos < tokenizer.vocab_size else None
 
 
-def read_chat_template(folder):
+def read_chat_template(folder: str | Path) -> tuple[str, str | None]:
     """(template, end): a folder's chat template in jinja, '' if it has none, and the token that ends an answer, as
     text, or None. What transformers would tell the template of special tokens is set at its head: it stands by itself.
     """
@@ -356,7 +359,7 @@ def read_chat_template(folder):
     return head + template, special.get('eos_token')
 
 
-def tokenizer_files(tokenizer, start, block_size, template):
+def tokenizer_files(tokenizer: AnyTokenizer, start: list[int], block_size: int, template: str) -> dict[str, str]:
     """{'tokenizer.json': text, 'tokenizer_config.json': text} that transformers loads; start: see read_tokenizer."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     if tokenizer.kind == 'bpe':
@@ -415,7 +418,7 @@ def _vocab_and_merges(encoding):
 # -----------------------------------------------------------------------------
 # whole models
 
-def read_model(name):
+def read_model(name: str) -> tuple[dict, dict[str, torch.Tensor], dict, Path]:
     """(GPTConfig's arguments, our state_dict, config.json, folder) of a model: see is_published for its name."""
     folder = fetch(name)
     config = _read_json(folder / 'config.json')
@@ -423,7 +426,7 @@ def read_model(name):
     return args, import_tensors(read_tensors(folder), args, config['model_type'], folder), config, folder
 
 
-def load_published(name):
+def load_published(name: str) -> dict:
     """A published model as if it were a checkpoint of ours, as load_checkpoint() returns one. Raises UserError."""
     args, weights, config, folder = read_model(name)
     tokenizer, start, end = read_tokenizer(folder, config)
@@ -434,7 +437,8 @@ def load_published(name):
             tokenizer and tokenizer.state(), 'start': start, 'eot': end}
 
 
-def save_folder(out, args, weights, tokenizer, start, template='', card=''):
+def save_folder(out: str | Path, args: dict, weights: dict[str, torch.Tensor], tokenizer: AnyTokenizer,
+                start: list[int], template: str = '', card: str = '') -> None:
     """Write a model as a folder that transformers loads without code of ours. Raises Unsupported, before any writing.
 
     args: a whole GPTConfig as a dict. weights: our state_dict. start: the ids before every text, [] or one.
@@ -458,7 +462,7 @@ def save_folder(out, args, weights, tokenizer, start, template='', card=''):
     (out / WEIGHTS).chmod((out / 'config.json').stat().st_mode)     # save_file lets nobody else read it
 
 
-def save_adapters(out, args, weights, base):
+def save_adapters(out: str | Path, args: dict, weights: dict[str, torch.Tensor], base: str | None) -> int:
     """Write a model's adapters as a folder that PEFT loads; returns how many parameters these are. Raises Unsupported.
 
     args, weights: as for save_folder. base: the name of the model beside which they stand, or None. Where they have

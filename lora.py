@@ -15,18 +15,18 @@ class LoRALinear(nn.Module):
     """W x + b + (alpha / r) B A x: what the layer of W (O, I) and b does, and what A (r, I) and B (O, r) add to it; at
     first, nothing."""
 
-    def __init__(self, linear, rank, alpha):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))      # as nn.Linear begins
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
 
 
-def add_adapters(model, rank, alpha, targets):
+def add_adapters(model: nn.Module, rank: int, alpha: float, targets: str) -> None:
     """Put adapters beside those linear layers of a GPT's blocks that `targets` names, such as 'c_attn,mlp.c_proj', and
     have nothing else trained; in place. Raises ValueError for a name that is none of theirs, or a rank too high."""
     layers = [(part, name, f'{part_name}.{name}') for block in model.transformer.h
@@ -48,12 +48,13 @@ def add_adapters(model, rank, alpha, targets):
 
 
 @torch.no_grad()
-def merge_adapters(model):
+def merge_adapters(model: nn.Module) -> None:
     """Make the adapters of a GPT, if it has any, part of its weights, all of which may be trained again; in place."""
     for part in list(model.modules()):
         for name, layer in list(part.named_children()):
             if isinstance(layer, LoRALinear):
-                linear = nn.Linear(*layer.weight.shape[::-1], bias=False, device='meta')    # draws no random numbers
+                O, I = layer.weight.shape
+                linear = nn.Linear(I, O, bias=False, device='meta')                         # draws no random numbers
                 linear.weight, linear.bias = layer.weight, layer.bias
                 linear.weight.add_(layer.lora_B @ layer.lora_A, alpha=layer.scale)
                 setattr(part, name, linear)

@@ -25,7 +25,8 @@ class MetricsLog:
     drops what it is about to do again, so that each step stands there once. settings: what the run was started with,
     for TensorBoard. active=False, as in all processes but one, logs nothing."""
 
-    def __init__(self, out_dir, first_step=0, tensorboard=True, settings=(), active=True):
+    def __init__(self, out_dir: str | Path, first_step: int = 0, tensorboard: bool = True, settings: dict | tuple = (),
+                 active: bool = True):
         self.places, self.board = {}, None          # {where: the function that logs there}
         if not active:
             return
@@ -47,7 +48,7 @@ class MetricsLog:
             raise UserError(f'cannot log to {e.filename or out_dir}: {e.strerror}; remove what is in the way, or '
                             'choose another --out_dir') from None
 
-    def __call__(self, step, **values):
+    def __call__(self, step: int, **values: float) -> None:
         for place, write in list(self.places.items()):
             try:
                 write(place, step, values)
@@ -71,7 +72,7 @@ class MetricsLog:
             else:
                 self.board.add_scalar(f'{group}/{key}', value, step)
 
-    def close(self):
+    def close(self) -> None:
         try:
             if self.board:
                 self.board.close()
@@ -85,7 +86,7 @@ class TimeToFinish:
     def __init__(self):
         self.recent, self.end = deque(maxlen=20), None      # seconds of the latest steps; when it was said to end
 
-    def __call__(self, seconds, steps_left, now=None):
+    def __call__(self, seconds: float, steps_left: int, now: float | None = None) -> float | None:
         """Minutes to say after a step that took `seconds`, or None while what was said is less than a quarter off."""
         now = time.monotonic() if now is None else now
         self.recent.append(seconds)
@@ -96,12 +97,12 @@ class TimeToFinish:
         self.end = now + left
         return left / 60
 
-    def left(self, steps):
+    def left(self, steps: int) -> float:
         """Seconds for so many steps, by those of late."""
         return statistics.median_low(self.recent) * steps
 
 
-def progress_bar(**options):
+def progress_bar(**options) -> tqdm:
     """A tqdm bar on standard error; where that is no terminal but a log, a plain line every half minute."""
     if sys.stderr.isatty():
         return tqdm(delay=1, **options)

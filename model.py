@@ -5,7 +5,9 @@ Parameter names are nanoGPT's (transformer.wte, transformer.h.0.attn.c_attn, ...
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -18,7 +20,7 @@ from lora import add_adapters
 from quantize import Int8Linear
 
 # Shapes by name: `GPTConfig(**PRESETS['gpt2'])`, or `python train.py --preset=gpt2`.
-PRESETS = {
+PRESETS: dict[str, dict] = {
     'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),            # 124M
     'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),    # 350M
     'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),     # 774M
@@ -90,24 +92,24 @@ class GPTConfig:
 
 class RMSNorm(nn.RMSNorm):
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
 
-def build_norm(config):
+def build_norm(config: GPTConfig) -> nn.Module:
     if config.norm == 'rmsnorm':
         return RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def rope_table(block_size, head_size, theta):
+def rope_table(block_size: int, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the angles t * theta^(-2i/hs), each (block_size, hs/2) float32. Su et al. 2021."""
     frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     angle = torch.arange(block_size, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
-def apply_rope(x, cos, sin):
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn channel i of x (..., T, hs) with channel i + hs/2, by the angle of its position; cos, sin (..., T, hs/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -117,12 +119,12 @@ class KVCache:
     """Keys and values of the tokens so far, in room taken once: per layer two (B, n_kv_head, max_length, hs).
     dtype: what they are kept in, and attention is computed in; None = as they come."""
 
-    def __init__(self, config, batch_size, max_length, dtype=None):
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, dtype: torch.dtype | None = None):
         self.shape, self.dtype = (batch_size, config.n_kv_head, max_length, config.n_embd // config.n_head), dtype
-        self.layers = [None] * config.n_layer
+        self.layers: list = [None] * config.n_layer
         self.length = 0             # tokens already there; GPT.forward moves it on after the last layer
 
-    def extend(self, layer, k, v):
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """Put k, v (B, n_kv_head, T, hs) behind what is there; return all of this layer's keys and values."""
         if self.layers[layer] is None:
             self.layers[layer] = [k.new_empty(self.shape, dtype=self.dtype or k.dtype) for _ in 'kv']
@@ -132,7 +134,8 @@ class KVCache:
         return [kept.narrow(2, 0, self.length + T).narrow(0, 0, len(k)) for kept in self.layers[layer]]
 
 
-def attention(q, k, v, mask=None, p=0.0):
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
+              p: float = 0.0) -> torch.Tensor:
     """softmax(q k^T / sqrt(hs)) v for q (B, nh, T, hs) and k, v (B, n_kv_head, S, hs): (B, nh, T, hs).
     mask: (B or 1, 1, T, S) bool, who sees whom; without it, everyone sees what came before. p: that of dropout.
 
@@ -160,7 +163,7 @@ def attention(q, k, v, mask=None, p=0.0):
     return (dropout(scores.softmax(dim=-1), p) @ v).view(nh, B, T, hs).transpose(0, 1)
 
 
-def product_of(function, linear, x):
+def product_of(function: Callable[[torch.Tensor], torch.Tensor], linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """linear(function(x)), for a cheap function. In a large batch, what the function made is not kept for the backward
     pass, but made again there: a third less memory for some hundredths more time. (torch.compile decides by itself.)"""
     if (not x.requires_grad or torch.compiler.is_compiling()
@@ -171,7 +174,7 @@ def product_of(function, linear, x):
 
 class CausalSelfAttention(nn.Module):
 
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
         self.head_size = config.n_embd // config.n_head
@@ -180,7 +183,8 @@ class CausalSelfAttention(nn.Module):
                                 bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, norm, rope=None, cache=None, mask=None):
+    def forward(self, x: torch.Tensor, norm: nn.Module, rope: list[torch.Tensor] | None = None,
+                cache: KVCache | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         B, T, C = x.shape
         n_head, n_kv_head, hs = self.config.n_head, self.config.n_kv_head, self.head_size
         heads = product_of(norm, self.c_attn, x).view(B, T, n_head + 2 * n_kv_head, hs).permute(2, 0, 1, 3)
@@ -206,19 +210,19 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         _, gated = MLPS[config.mlp]
         self.c_fc = nn.Linear(config.n_embd, 2 * config.n_inner if gated else config.n_inner, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
-    def forward(self, x, norm):
+    def forward(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         x = product_of(norm, self.c_fc, x)                   # (B, T, n_inner), twice that if gated
         x = product_of(self.activation, self.c_proj, x)
         return dropout(x, self.config.dropout) if self.training else x
 
-    def activation(self, x):
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
         function, gated = MLPS[self.config.mlp]
         if not gated:
             return function(x)
@@ -228,28 +232,32 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
 
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = build_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = build_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, cache=None, mask=None):
+    def forward(self, x: torch.Tensor, rope: list[torch.Tensor] | None = None, cache: KVCache | None = None,
+                mask: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.attn(x, self.ln_1, rope, cache, mask)
         x = x + self.mlp(x, self.ln_2)
         return x
 
 
-def for_any_shape(function):
+def for_any_shape(function: Callable) -> Callable:
     """Decorates what runs a model on ever new shapes: there, cuDNN's attention, which is the first choice on new GPUs,
     would spend most of the time on a plan for each."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])(function)
 
 
 class GPT(nn.Module):
+    transformer: Any                # an nn.ModuleDict, which cannot tell what its parts are
+    rope_cos: torch.Tensor
+    rope_sin: torch.Tensor
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
@@ -281,7 +289,9 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, cache=None, last_only=False, reduction='mean', positions=None, mask=None):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None,
+                last_only: bool = False, reduction: str = 'mean', positions: torch.Tensor | None = None,
+                mask: torch.Tensor | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits, or with targets the loss; the other of the pair (logits, loss) is None.
 
         idx: (B, T) int64 token ids, T at most block_size (less what the cache holds). targets: (B, T) int64, the ids
@@ -297,7 +307,8 @@ class GPT(nn.Module):
             return self.lm_head(x[:, -1:] if last_only else x), None
         return None, self.loss(x, targets, reduction)
 
-    def hidden(self, idx, cache=None, positions=None, mask=None):
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None, positions: torch.Tensor | None = None,
+               mask: torch.Tensor | None = None) -> torch.Tensor:
         """What the output layer reads, (B, T, C), for the arguments of forward()."""
         B, T = idx.shape
         start = cache.length if cache is not None else 0
@@ -320,7 +331,7 @@ class GPT(nn.Module):
             cache.length += T
         return self.transformer.ln_f(x)
 
-    def loss(self, x, targets, reduction='mean'):
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str = 'mean') -> torch.Tensor:
         """The loss of the hidden states x (B, T, C) against targets; see forward()."""
         B, T, C = x.shape
         x, wanted = x.view(B * T, C), targets.reshape(-1)
@@ -348,7 +359,7 @@ class GPT(nn.Module):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     @classmethod
-    def from_pretrained(cls, name, **changes):
+    def from_pretrained(cls, name: str, **changes) -> 'GPT':
         """The model `name`, float32, on the CPU, in evaluation mode: gpt2, gpt2-medium, gpt2-large, gpt2-xl, an
         owner/name on the Hugging Face hub, or a folder as `transformers` saves it. GPT-2 and Llama-class models.
 
@@ -363,7 +374,7 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # size and cost
 
-    def num_params(self, non_embedding=False):
+    def num_params(self, non_embedding: bool = False) -> int:
         """How many parameters; non_embedding leaves out those that are looked up and multiply nothing."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding:
@@ -371,7 +382,7 @@ class GPT(nn.Module):
             n -= 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
         return n
 
-    def flops_per_token(self):
+    def flops_per_token(self) -> int:
         """Floating-point operations of training on one token, forward and backward: 6N + 12 * layers * C * T.
 
         PaLM (Chowdhery et al. 2022), appendix B: 2 a parameter forwards, 4 backwards, and the attention products.
@@ -381,7 +392,7 @@ class GPT(nn.Module):
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad) if c.lora_rank else n
         return 4 * n + 2 * trained + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def crop_block_size(self, block_size):
+    def crop_block_size(self, block_size: int) -> None:
         """Shorten the context, for instance of published weights, to `block_size` tokens. Raises ValueError."""
         if block_size > self.config.block_size:
             raise ValueError(f'block_size {block_size} is more than the {self.config.block_size} this model was made '
@@ -393,15 +404,16 @@ class GPT(nn.Module):
         else:
             self.rope_cos, self.rope_sin = self.rope_cos[:block_size], self.rope_sin[:block_size]
 
-    def model_args(self):
+    def model_args(self) -> dict:
         """The config as a dict of numbers and strings, for a checkpoint."""
         return asdict(self.config)
 
     # -------------------------------------------------------------------------
     # training
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw', zero=False,
-                             verbose=True):
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+                             device_type: str, optimizer: str = 'adamw', zero: bool = False,
+                             verbose: bool = True) -> list[torch.optim.Optimizer]:
         """[AdamW], or with optimizer='muon' [AdamW, Muon], Muon for the blocks' matrices.
 
         Weight decay is for tensors of two dimensions and more. zero: each process of the group keeps the optimizer's
@@ -442,8 +454,11 @@ class GPT(nn.Module):
     # decoding
 
     @torch.inference_mode()
-    def stream(self, idx, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-               eot=None, n_vocab=None, suppress=(), suppress_first=(), generator=None, use_cache=True):
+    def stream(self, idx: torch.Tensor, lengths: list[int], max_new_tokens: int, temperature: float = 1.0,
+               top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, eot: int | None = None,
+               n_vocab: int | None = None, suppress: Iterable[int] = (), suppress_first: Iterable[int] = (),
+               generator: torch.Generator | None = None,
+               use_cache: bool = True) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Continue several prompts, one token a step. Yields (tokens, fresh), each (B,): the next token of each row,
         and which rows were not done before it.
 
@@ -494,7 +509,7 @@ class GPT(nn.Module):
                 if done.all():
                     break
 
-    def generate(self, idx, max_new_tokens, **options):
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
         """Prompts idx (B, T) int64, all of one length, with up to max_new_tokens more behind each: (B, T + more).
 
         The options are those of stream(). Rows that ended early are filled up with what would have followed.
@@ -504,7 +519,7 @@ class GPT(nn.Module):
         return torch.cat([idx, torch.stack(columns, dim=1)], dim=1) if columns else idx
 
 
-def unpadded(padding, first, n, cache, block_size):
+def unpadded(padding: torch.Tensor | None, first: int, n: int, cache: KVCache | None, block_size: int) -> dict:
     """The arguments of GPT.forward that make the rows of columns first to n, of which the first padding[b] of row b is
     nothing, what they would be alone: each begins at position 0 and does not see it; {} if padding is None."""
     if padding is None:
@@ -516,7 +531,8 @@ def unpadded(padding, first, n, cache, block_size):
     return {'positions': (query - begin).clamp(min=0), 'mask': sees[:, None]}               # (B, T), (B, 1, T, S)
 
 
-def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def sample_next(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                generator: torch.Generator | None = None) -> torch.Tensor:
     """The next token (B,) int64 for logits (B, V) float32, drawn from softmax(logits / temperature), cut to the top_k
     likeliest tokens and to the fewest whose probabilities add up to top_p (Holtzman et al. 2019), the one that crosses
     the threshold included. temperature 0, or so small that float32 cannot divide by it, takes the likeliest."""

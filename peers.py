@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,14 +21,14 @@ from torch.nn import functional as F
 
 class Block(nn.Module):
 
-    def __init__(self, n_head, n_embd):
+    def __init__(self, n_head: int, n_embd: int):
         super().__init__()
         self.n_head = n_head
         self.ln_1, self.ln_2 = (nn.LayerNorm(n_embd, bias=False) for _ in range(2))
         self.c_attn, self.attn_proj = nn.Linear(n_embd, 3 * n_embd, bias=False), nn.Linear(n_embd, n_embd, bias=False)
         self.c_fc, self.mlp_proj = nn.Linear(n_embd, 4 * n_embd, bias=False), nn.Linear(4 * n_embd, n_embd, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(self.ln_1(x)).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -38,7 +39,7 @@ class Block(nn.Module):
 class PlainGPT(nn.Module):
     """A GPT as the usual minimal script has it: all logits, no cache."""
 
-    def __init__(self, block_size, vocab_size, n_layer, n_head, n_embd):
+    def __init__(self, block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
         self.blocks = nn.Sequential(*[Block(n_head, n_embd) for _ in range(n_layer)])
@@ -48,14 +49,14 @@ class PlainGPT(nn.Module):
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         x = self.ln_f(self.blocks(self.wte(idx) + self.wpe(torch.arange(idx.size(1)))))
         if targets is None:
             return self.lm_head(x[:, -1:])
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-def serve(turn):
+def serve(turn: Callable[[], float]) -> None:
     """Take turns, the first as a warm-up, until standard input ends: turn() returns a speed, whose unit is its own."""
     turn()
     print('ready', flush=True)
@@ -63,7 +64,7 @@ def serve(turn):
         print(json.dumps({'rate': turn(), 'gigabytes': peak_memory()}), flush=True)
 
 
-def peak_memory():
+def peak_memory() -> float:
     """The most memory that this process has had, in GB; 0 on Windows, which does not say."""
     try:
         import resource
@@ -72,7 +73,7 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
 
 
-def timed(work, amount):
+def timed(work: Callable[[], object], amount: float) -> Callable[[], float]:
     """A turn: does work() and returns amount / seconds."""
     def turn():
         start = time.perf_counter()
@@ -81,13 +82,13 @@ def timed(work, amount):
     return turn
 
 
-def run_to_its_end(command):
+def run_to_its_end(command: list[str]) -> None:
     done = subprocess.run(command, text=True, capture_output=True)
     if done.returncode:
         raise SystemExit(done.stderr)
 
 
-def plain_training(shape, batch_size, steps):
+def plain_training(shape: dict, batch_size: int, steps: int) -> Callable[[], float]:
     """Tokens a second: float32, AdamW as it comes."""
     model = PlainGPT(**shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
@@ -104,7 +105,7 @@ def plain_training(shape, batch_size, steps):
     return timed(work, steps * x.numel())
 
 
-def plain_shakespeare(folder):
+def plain_shakespeare(folder: str) -> Callable[[], float]:
     """Times an hour that nanoGPT's recipe for a CPU reaches the loss that it ends with, near 1.8857; the tokens are
     the 16-bit numbers behind the first 1,024 bytes of `folder`'s train*.bin and val*.bin."""
     files = [next(Path(folder).glob(pattern)) for pattern in ('train*.bin', 'val*.bin')]
@@ -134,7 +135,7 @@ def plain_shakespeare(folder):
     return timed(work, 3600)
 
 
-def plain_hellaswag(shape, questions):
+def plain_hellaswag(shape: dict, questions: list) -> Callable[[], float]:
     """Questions a second, one ending a pass. questions: [(tokens of the context, [tokens of each ending])]."""
     model = PlainGPT(**shape).eval()
 
@@ -170,16 +171,19 @@ if __name__ == '__main__':
 '''
 
 
-def plain_tokenizing(path, workers, at_a_time):
+def plain_tokenizing(path: str, workers: int, at_a_time: int) -> Callable[[], float]:
     """Megabytes a second from a .jsonl file to a shard on disk, by a pool that is given `at_a_time` documents."""
     folder = tempfile.TemporaryDirectory()
     script = Path(folder.name, 'tokenize_plainly.py')
     script.write_text(PLAIN_TOKENIZING, encoding='utf-8')
-    command = [sys.executable, str(script), path, str(script.with_suffix('.npy')), str(workers), str(at_a_time)]
-    return timed(lambda: folder and run_to_its_end(command), Path(path).stat().st_size / 1e6)
+
+    def work():             # which keeps the folder
+        run_to_its_end([sys.executable, str(script), path, f'{folder.name}/made.npy', str(workers), str(at_a_time)])
+    return timed(work, Path(path).stat().st_size / 1e6)
 
 
-def transformers_decoding(shape, n_prompts, prompt_tokens, new_tokens, dtype):
+def transformers_decoding(shape: dict, n_prompts: int, prompt_tokens: int, new_tokens: int,
+                          dtype: str) -> Callable[[], float]:
     """Tokens a second of greedy decoding with transformers' GPT-2."""
     from transformers import GPT2Config, GPT2LMHeadModel
     model = GPT2LMHeadModel(GPT2Config(
@@ -191,7 +195,7 @@ def transformers_decoding(shape, n_prompts, prompt_tokens, new_tokens, dtype):
                  n_prompts * new_tokens)
 
 
-def llama_cpp_decoding(gguf, prompt_tokens, new_tokens, threads):
+def llama_cpp_decoding(gguf: str, prompt_tokens: int, new_tokens: int, threads: int) -> Callable[[], float]:
     """Tokens a second of greedy decoding with llama.cpp (ik-llama-cpp-python) and the weights of a GGUF file."""
     from ik_llama_cpp import IkLlama
     model = IkLlama(model_path=gguf, n_threads=threads, n_ctx=512, verbose=False)

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from configurator import UserError
@@ -36,13 +37,13 @@ class CharTokenizer:
     """One id a character, in the order of `chars`; with `eot`, one more for the end of text."""
     kind = 'char'
 
-    def __init__(self, chars, with_eot=True):
+    def __init__(self, chars: str, with_eot: bool = True):
         self.chars = chars
         self.ids = {c: i for i, c in enumerate(chars)}
         self.eot = len(chars) if with_eot else None
         self.vocab_size = len(chars) + with_eot
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         try:
             return [self.ids[c] for c in text]
         except KeyError:
@@ -50,16 +51,16 @@ class CharTokenizer:
             raise UserError(f'the vocabulary of {len(self.chars)} characters does not have {unknown[:20]!r}; leave '
                             'them out, or prepare the data with --tokenizer=bpe, which takes any text') from None
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return ''.join(self.chars[i] for i in ids if i != self.eot)
 
-    def token_bytes(self):
+    def token_bytes(self) -> list[int]:
         return [len(c.encode()) for c in self.chars] + [0] * (self.eot is not None)
 
-    def state(self):
+    def state(self) -> dict[str, str]:
         return {'kind': 'char', 'chars': self.chars, 'eot': '' if self.eot is None else END_OF_TEXT}
 
 
@@ -67,7 +68,7 @@ class BPETokenizer:
     """Byte-level BPE as Hugging Face `tokenizers` keeps it: `text` is the content of its tokenizer.json."""
     kind = 'bpe'
 
-    def __init__(self, text):
+    def __init__(self, text: str):
         from tokenizers import Tokenizer
         self.text = text
         try:
@@ -81,26 +82,26 @@ class BPETokenizer:
         found = [self.bpe.token_to_id(name) for name in (END_OF_TEXT, *OTHERS_END_OF_TEXT)]
         self.eot = next((i for i in found if i is not None), None)
 
-    def encode(self, text, special=False):
+    def encode(self, text: str, special: bool = False) -> list[int]:
         self.bpe.encode_special_tokens = not special
         try:
             return self.encode_batch([text])[0]
         finally:
             self.bpe.encode_special_tokens = True   # "<|endoftext|>" in a text is thirteen characters, not the token
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
         try:
             return [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
         except (UnicodeEncodeError, TypeError):
             raise UserError(HALF_PAIR) from None
 
-    def special_tokens(self):
+    def special_tokens(self) -> list[str]:
         return [token.content for token in self.bpe.get_added_tokens_decoder().values() if token.special]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return self.bpe.decode(list(ids), skip_special_tokens=True)
 
-    def token_bytes(self):
+    def token_bytes(self) -> list[int]:
         special = {i for i, token in self.bpe.get_added_tokens_decoder().items() if token.special}
         tokens = [self.bpe.id_to_token(i) or '' for i in range(self.vocab_size)]
         # a byte-level BPE writes each byte as a character; a SentencePiece, spaces as ▁ and lone bytes as <0x0A>
@@ -108,7 +109,7 @@ class BPETokenizer:
         return [0 if i in special else len(token) if by_byte else 1 if re.fullmatch('<0x..>', token) else
                 len(token.replace('▁', ' ').encode()) for i, token in enumerate(tokens)]
 
-    def state(self):
+    def state(self) -> dict[str, str]:
         return {'kind': 'bpe', 'tokenizer.json': self.text}
 
 
@@ -146,23 +147,26 @@ class GPT2Tokenizer:
         self.vocab_size = self.bpe.n_vocab
         self.eot = self.bpe.eot_token
 
-    def encode(self, text, special=False):
+    def encode(self, text: str, special: bool = False) -> list[int]:
         return self.bpe.encode(_whole(text), allowed_special='all' if special else set(), disallowed_special=())
 
-    def special_tokens(self):
+    def special_tokens(self) -> list[str]:
         return [END_OF_TEXT]
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self.bpe.encode_ordinary_batch([_whole(text) for text in texts])
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return self.bpe.decode([i for i in ids if i != self.eot])
 
-    def token_bytes(self):
+    def token_bytes(self) -> list[int]:
         return [0 if i == self.eot else len(self.bpe.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
 
-    def state(self):
+    def state(self) -> dict[str, str]:
         return {'kind': 'gpt2'}
+
+
+AnyTokenizer = CharTokenizer | BPETokenizer | GPT2Tokenizer
 
 
 def _whole(text):
@@ -174,7 +178,7 @@ def _whole(text):
         raise UserError(HALF_PAIR) from None
 
 
-def from_state(state):
+def from_state(state: dict[str, str]) -> AnyTokenizer:
     """The tokenizer that `state()` described. Raises UserError if it describes none."""
     try:
         kind = state['kind']
@@ -196,11 +200,11 @@ def _finished(tokenizer):
     return tokenizer
 
 
-def gpt2_tokenizer():
+def gpt2_tokenizer() -> AnyTokenizer:
     return from_state({'kind': 'gpt2'})
 
 
-def train_char(texts, with_eot=True):
+def train_char(texts: Iterable[str], with_eot: bool = True) -> AnyTokenizer:
     """A character tokenizer for all characters in an iterable of texts."""
     chars = set()
     for text in texts:
@@ -210,7 +214,7 @@ def train_char(texts, with_eot=True):
     return from_state({'kind': 'char', 'chars': ''.join(sorted(chars)), 'eot': END_OF_TEXT if with_eot else ''})
 
 
-def train_bpe(texts, vocab_size, single_han=False):
+def train_bpe(texts: Iterable[str], vocab_size: int, single_han: bool = False) -> AnyTokenizer:
     """A byte-level BPE of at most `vocab_size` ids (256 bytes, end-of-text, and merges) from an iterable of texts.
 
     The byte-level alphabet, pre-tokenizer and decoder are GPT-2's, so any text round-trips, rare characters included.
@@ -222,7 +226,7 @@ def train_bpe(texts, vocab_size, single_han=False):
         raise UserError(f'vocab_size {vocab_size} is too small: a byte-level BPE has 256 bytes and the end-of-text '
                         'token; use --vocab_size=1024 or more')
     bpe = Tokenizer(models.BPE())
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words: pre_tokenizers.PreTokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if single_han:
         alone = pre_tokenizers.Split(Regex(r'[\u3400-\u9fff\x{20000}-\x{3ffff}]'), 'isolated')
         words = pre_tokenizers.Sequence([alone, words])
@@ -240,7 +244,7 @@ def train_bpe(texts, vocab_size, single_han=False):
     return from_state({'kind': 'bpe', 'tokenizer.json': bpe.to_str()})
 
 
-def save_tokenizer(tokenizer, folder):
+def save_tokenizer(tokenizer: AnyTokenizer, folder: str | Path) -> None:
     """Write `folder`/tokenizer.json, unless the tokenizer is GPT-2's, whose name says it all."""
     state = tokenizer.state()
     if state['kind'] == 'gpt2':
@@ -249,7 +253,7 @@ def save_tokenizer(tokenizer, folder):
     Path(folder, 'tokenizer.json').write_text(text, encoding='utf-8', newline='\n')
 
 
-def load_tokenizer(path):
+def load_tokenizer(path: str | Path) -> AnyTokenizer:
     """The tokenizer in a tokenizer.json, or in the folder that holds one. Raises UserError."""
     path = Path(path)
     path = path / 'tokenizer.json' if path.is_dir() else path

@@ -72,3 +72,18 @@ def test_every_test_that_reliability_md_names_is_there():
             tests = re.findall(r'^def test_(\w+)', (ROOT / 'tests' / name).read_text(encoding='utf-8'), re.M)
         else:
             assert any(name in test for test in tests), name
+
+
+def test_public_functions_say_their_types_and_mypy_is_told_which_files_lack_them():
+    without = set(re.search(r'^\[mypy-(.*)\]$', (ROOT / 'mypy.ini').read_text(encoding='utf-8'), re.M)[1].split(','))
+    for name, path in FILES.items():
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        parts = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != '_')]
+        for function in (f for part in parts for f in part.body if isinstance(f, ast.FunctionDef)):
+            if name in without or function.name[0] == '_' and function.name != '__init__':
+                continue
+            arguments = [a for a in ast.walk(function.args) if isinstance(a, ast.arg)]
+            lacking = {a.arg for a in arguments if a.annotation is None} - {'self', 'cls', 'ctx'}
+            lacking -= {a.arg for a in (function.args.vararg, function.args.kwarg) if a}
+            assert not lacking, f'{name}.py: {function.name}() does not say what {lacking} are'
+            assert function.returns or function.name == '__init__', f'{name}.py: {function.name}() returns what?'
