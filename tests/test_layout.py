@@ -87,3 +87,17 @@ def test_public_functions_say_their_types_and_mypy_is_told_which_files_lack_them
             lacking -= {a.arg for a in (function.args.vararg, function.args.kwarg) if a}
             assert not lacking, f'{name}.py: {function.name}() does not say what {lacking} are'
             assert function.returns or function.name == '__init__', f'{name}.py: {function.name}() returns what?'
+
+
+def test_the_workflow_runs_the_commands_that_contributing_md_and_the_readme_name():
+    yaml = pytest.importorskip('yaml')              # huggingface_hub needs it
+    workflow = yaml.safe_load((ROOT / '.github' / 'workflows' / 'test.yml').read_text(encoding='utf-8'))
+    assert workflow['permissions'] == {'contents': 'read'}
+    job = workflow['jobs']['test']
+    told = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    commands = re.findall(r'^(python -m (?!venv).*?)(?:  .*)?$', told.split('```')[1], re.M)
+    assert len(commands) == 4 and sorted(commands) == sorted(step['run'] for step in job['steps'] if 'run' in step)
+    readme = re.search(r'^python -m venv \.venv (.*)$', (ROOT / 'README.md').read_text(encoding='utf-8')
+                       .split('The tests, in an environment of their own')[1], re.M)[1]
+    install, test = [command for command in commands if 'pip' in command or 'pytest' in command]
+    assert readme == f'&& .venv/bin/{install} && .venv/bin/{test}'
