@@ -11,13 +11,17 @@ import glob
 import gzip
 import itertools
 import json
+import random
 import zlib
 from collections import namedtuple
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from configurator import UserError, first_line
 from dataset import ShardWriter, install_dataset
 from metrics import progress_bar
+from tokenizer import AnyTokenizer
 
 PIECE = 1 << 20             # characters of plain text read at a time, and encoded as one string at most
 BATCH = 1 << 22             # characters handed to the tokenizer at a time
@@ -31,7 +35,7 @@ Piece = namedtuple('Piece', 'file starts segments')
 # files -> documents
 
 
-def find_inputs(text):
+def find_inputs(text: str) -> list[Path]:
     """The files that --input names: a file, a folder, a pattern, or several with commas between. Raises UserError."""
     names = [text] if Path(text).exists() else [t.strip() for t in text.split(',') if t.strip()]
     paths = []
@@ -51,12 +55,13 @@ def find_inputs(text):
     return paths
 
 
-def kind_of(path):
+def kind_of(path: Path) -> str:
     """'txt', 'jsonl' or 'parquet' by a file's name, '' for another."""
     return KINDS.get(Path(path.name.removesuffix('.gz')).suffix.lower(), '')
 
 
-def read_documents(paths, separator='', template='', encoding='auto', doing='reading'):
+def read_documents(paths: list[Path], separator: str = '', template: str = '', encoding: str = 'auto',
+                   doing: str = 'reading') -> Iterator[Piece]:
     """All Pieces of the files `paths`, in order, with a progress bar.
 
     separator: what divides the documents of a .txt, '' if each file is one. template: what a question is put into, in
@@ -74,7 +79,8 @@ def read_documents(paths, separator='', template='', encoding='auto', doing='rea
                     position = raw.tell()
 
 
-def read_file(path, raw, separator='', template='', encoding='auto'):
+def read_file(path: Path, raw: BinaryIO, separator: str = '', template: str = '',
+              encoding: str = 'auto') -> Iterator[tuple]:
     """(starts, segments) of the pieces of one file, opened as `raw`; arguments and errors as in read_documents()."""
     try:
         yield from _READERS[kind_of(path)](path, raw, separator, template, encoding)
@@ -235,7 +241,7 @@ _READERS = {'txt': _read_txt, 'jsonl': _read_jsonl, 'parquet': _read_parquet}
 # documents -> training and validation
 
 
-def split_rule(pieces, fraction):
+def split_rule(pieces: Iterable[Piece], fraction: float) -> tuple[str, int | None]:
     """Decide how to split: ('documents', None), or ('characters', n) where n characters are for training.
 
     Whole documents go to either side: to validation whenever its part of the characters so far is below `fraction`.
@@ -252,7 +258,7 @@ def split_rule(pieces, fraction):
     return 'characters', int(characters * (1 - fraction))
 
 
-def count_questions(pieces):
+def count_questions(pieces: Iterable[Piece]) -> int:
     """How many of the pieces are questions with answers, as far as FEW; says so where they are fewer."""
     n = sum(1 for _ in itertools.islice((piece for piece in pieces if len(piece.segments) > 1), FEW))
     if 0 < n < FEW:
@@ -260,7 +266,8 @@ def count_questions(pieces):
     return n
 
 
-def split_pieces(pieces, fraction, rule, n_train, few=False):
+def split_pieces(pieces: Iterable[Piece], fraction: float, rule: str, n_train: int | None,
+                 few: bool = False) -> Iterator[tuple[str, Piece]]:
     """(split, piece) for each piece, by split_rule's answer; one may be divided. few: validation's are trained on, too.
     """
     characters, in_val, split = 0, 0, 'train'
@@ -284,7 +291,7 @@ def split_pieces(pieces, fraction, rule, n_train, few=False):
         characters += size
 
 
-def shuffled_rows(pairs, rng):
+def shuffled_rows(pairs: Iterable[tuple[str, Piece]], rng: random.Random) -> Iterator[tuple[str, Piece]]:
     """(split, piece) pairs in another order, a buffer at a time, so that what stands together in a window is not of one
     kind. A long text in several pieces becomes several documents."""
     buffer = []
@@ -302,8 +309,9 @@ def shuffled_rows(pairs, rng):
 # documents -> shards
 
 
-def write_dataset(folder, codec, pieces, source, split, asked=(), with_masks=False, longest=0,
-                  shard_size=100_000_000):
+def write_dataset(folder: str | Path, codec: AnyTokenizer, pieces: Iterable[tuple[str, Piece]], source: str, split: str,
+                  asked: dict | tuple = (), with_masks: bool = False, longest: int = 0,
+                  shard_size: int = 100_000_000) -> None:
     """Tokenize (split, piece) pairs into shards and finish the data set with meta.json; prints what it holds.
 
     Each document is preceded by the end-of-text token, and the last one followed by it. with_masks also writes which

@@ -341,13 +341,14 @@ def read_chat_template(folder: str | Path) -> tuple[str, str | None]:
     """(template, end): a folder's chat template in jinja, '' if it has none, and the token that ends an answer, as
     text, or None. What transformers would tell the template of special tokens is set at its head: it stands by itself.
     """
-    settings, template = {}, None
+    settings: dict = {}
     for name in ('special_tokens_map.json', CHAT[0]):               # what the second says counts
         if Path(folder, name).is_file():
             settings |= _read_json(Path(folder, name))
+    template = settings.get('chat_template')
     if Path(folder, CHAT[1]).is_file():
         template = Path(folder, CHAT[1]).read_text(encoding='utf-8')
-    elif isinstance(template := settings.get('chat_template'), list):           # several, by name
+    elif isinstance(template, list):                                # several, by name
         named = {one['name']: one['template'] for one in template}
         template = named.get('default') or next(iter(named.values()), None)
     if not isinstance(template, str):

@@ -13,6 +13,7 @@ Memory stays flat however large the input is. The same input and settings give t
 import importlib.util
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 from configurator import UserError, configure, first_line
@@ -41,7 +42,7 @@ config = configure(globals(), negative=False, at_least={'shard_size': 1, 'block_
 TOKENIZER_BYTES = 1 << 29   # of a larger input, an evenly spread part of about this size trains the BPE
 
 
-def shakespeare(folder):
+def shakespeare(folder: Path) -> list[Path]:
     try:
         return [download('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
                          folder / 'input.txt', size=1_115_394,
@@ -51,18 +52,18 @@ def shakespeare(folder):
                         '--input=FILE') from None
 
 
-def tinystories(folder):
+def tinystories(folder: Path) -> list[Path]:
     return [hub_download('roneneldan/TinyStories', 'TinyStoriesV2-GPT4-train.txt', folder, repo_type='dataset')]
 
 
-def openwebtext(folder):
+def openwebtext(folder: Path) -> list[Path]:
     repo = 'Skylion007/openwebtext'
     listed = hub_files(repo, repo_type='dataset', keep=folder / 'openwebtext.listing')
     return [hub_download(repo, f['path'], folder, name=Path(f['path']).name, repo_type='dataset', sha256=f['sha256'],
                          size=f['size']) for f in listed if f['path'].endswith('.parquet')]
 
 
-def nowhere(folder):
+def nowhere(folder: Path) -> list[Path]:
     raise UserError('--dataset=custom needs --input=FILE or FOLDER')
 
 
@@ -76,7 +77,7 @@ CORPORA = {                 # what fetches its files into a folder; tokenizer, v
 }
 
 
-def python_docs():
+def python_docs() -> Iterator[Piece]:
     """The help texts inside CPython itself, one document a topic; about 465,000 characters of plain prose."""
     if importlib.util.find_spec('pydoc_data') is None:
         raise UserError('this Python comes without pydoc_data; install its standard library, or take another corpus')

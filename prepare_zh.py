@@ -15,6 +15,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from configurator import UserError, configure
@@ -49,7 +50,7 @@ CORPORA = {                 # repository on the hub, how its files begin, how th
 SHIPPED = Path(__file__).resolve().parent / 'data' / 'zh_qa'
 
 
-def fetch_corpus(name):
+def fetch_corpus(name: str) -> list[Path]:
     """Download an open corpus once, into data/<name>/source; returns its files. Raises UserError."""
     if name not in CORPORA:
         raise UserError(f'there is no corpus {name!r} to download; choose one of {", ".join(CORPORA)}')
@@ -62,7 +63,7 @@ def fetch_corpus(name):
                          size=f['size']) for f in files]
 
 
-def repeated(pieces_again, weight_of):
+def repeated(pieces_again: Callable, weight_of: list[float]) -> Iterator[tuple]:
     """The (split, piece) pairs of pieces_again(), each training document as often as its file's weight says.
 
     Weight 2.5 takes every document twice and every other once more. A document for validation is taken once.
@@ -77,14 +78,14 @@ def repeated(pieces_again, weight_of):
                 yield name, piece
 
 
-def run(*command):
+def run(*command: str | Path) -> None:
     """A script of this project, in a process of its own; if it fails, this one ends with its exit status."""
     done = subprocess.run([sys.executable, *map(str, command)])
     if done.returncode:
         sys.exit(done.returncode)
 
 
-def teach_facts(facts):
+def teach_facts(facts: str) -> None:
     """Adds the facts in a file to the model in out/zh, which makes another one, in out/my_facts, each time anew: four
     commands, each of which may be given by itself."""
     here, own = Path(__file__).resolve().parent, 'data/my_facts'

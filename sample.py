@@ -14,6 +14,7 @@ import re
 import sys
 import time
 import unicodedata
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +24,8 @@ import torch
 
 from checkpoint import load_for_use
 from device import pick_device, pick_dtype
-from model import for_any_shape
+from model import GPT, for_any_shape
+from tokenizer import AnyTokenizer
 
 # -----------------------------------------------------------------------------
 # which model
@@ -67,9 +69,11 @@ STYLES = {          # temperature, top_k, top_p
 
 
 @for_any_shape
-def generate_texts(prompts, model, tokenizer, *, template='', system='', decline='', sure=0.5, max_new_tokens=200,
-                   temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.0, stop='', seed=1337, batch_size=64,
-                   on_text=None, should_stop=None):
+def generate_texts(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, template: str = '', system: str = '',
+                   decline: str = '', sure: float = 0.5, max_new_tokens: int = 200, temperature: float = 0.8,
+                   top_k: int = 50, top_p: float = 0.95, repetition_penalty: float = 1.0, stop: str = '',
+                   seed: int = 1337, batch_size: int = 64, on_text: Callable | None = None,
+                   should_stop: Callable | None = None) -> list[str]:
     """Continue each of `prompts`; returns as many strings, without the prompts.
 
     model, tokenizer: as load_for_use gives them. template, system: see encode_prompt(); what answers a '{prompt}' is
@@ -99,12 +103,12 @@ def generate_texts(prompts, model, tokenizer, *, template='', system='', decline
         for tokens, fresh in model.stream(idx.to(device), lengths, max_new_tokens, temperature, top_k, top_p,
                                           repetition_penalty, eot=tokenizer.eot, n_vocab=tokenizer.vocab_size,
                                           suppress_first=suppress_first, generator=generator):
-            tokens, fresh = tokens.tolist(), fresh.tolist()
+            ids, going_on = tokens.tolist(), fresh.tolist()
             for b in sorted(running):
-                if not fresh[b]:
+                if not going_on[b]:
                     continue
-                new_ids[b].append(tokens[b])
-                if tokens[b] == tokenizer.eot or len(new_ids[b]) == max_new_tokens:
+                new_ids[b].append(ids[b])
+                if ids[b] == tokenizer.eot or len(new_ids[b]) == max_new_tokens:
                     running.discard(b)
                 if stop or on_text:
                     text = text_of(rows[b], new_ids[b])
@@ -125,7 +129,7 @@ def generate_texts(prompts, model, tokenizer, *, template='', system='', decline
     return texts
 
 
-def generate_answers(prompts, model, tokenizer, *, decline='', **options):
+def generate_answers(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, decline: str = '', **options) -> list[str]:
     """generate_texts for questions, of which some are lists of turns: such a one is first asked by itself, and only if
     it is declined, as it should be if it names nothing, behind the turns before it."""
     answers = generate_texts([p if isinstance(p, str) else p[-1] for p in prompts], model, tokenizer, decline=decline,
@@ -138,7 +142,7 @@ def generate_answers(prompts, model, tokenizer, *, decline='', **options):
 
 
 @torch.no_grad()
-def doubtful(model, prompts, answers, sure):
+def doubtful(model: GPT, prompts: list[list[int]], answers: list[list[int]], sure: float) -> list[bool]:
     """For each answer, a list of token ids behind its prompt, whether one of its tokens has a probability below `sure`.
     What a model has learned by heart it says with every token at 0.9 and more; what it makes up begins like one answer
     and ends like another, and at the seam there are many ways on."""
@@ -153,14 +157,14 @@ def doubtful(model, prompts, answers, sure):
     return (losses.amax(dim=1) > -math.log(sure)).tolist()
 
 
-def encode_prompt(prompt, tokenizer, template='', system=''):
+def encode_prompt(prompt: str | list[str], tokenizer: AnyTokenizer, template: str = '', system: str = '') -> list[int]:
     """The ids that a model reads before it goes on. prompt: a text; or with a template, which the model was trained on,
     a question, or turns [question, answer, question, ...], of which the last is asked. A template either has a place
     '{prompt}' for each question, or is a chat template in jinja. system: what is said before all of it."""
-    if not template:
-        ids = tokenizer.start + tokenizer.encode(prompt)                    # as every document started in training
-        return ids or ([tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n'))
     turns = [prompt] if isinstance(prompt, str) else prompt
+    if not template:
+        ids = tokenizer.start + tokenizer.encode(turns[-1])                 # as every document started in training
+        return ids or ([tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n'))
     if '{prompt}' in template:
         return tokenizer.start + tokenizer.encode(conversation(template, turns, system))
     control = '|'.join(map(re.escape, tokenizer.special_tokens())) or '$^'  # nobody types these into a chat
@@ -170,7 +174,7 @@ def encode_prompt(prompt, tokenizer, template='', system=''):
     return tokenizer.encode(render_chat(template, messages), special=True)
 
 
-def conversation(template, turns, system=''):
+def conversation(template: str, turns: str | list[str], system: str = '') -> str:
     """The text that asks a question: each of `turns` is normalized, put into the template's place '{prompt}', and
     followed by its answer."""
     *before, question = [turns] if isinstance(turns, str) else turns
@@ -203,7 +207,7 @@ def chat_environment():
     return environment
 
 
-def render_chat(template, messages):
+def render_chat(template: str, messages: list[dict]) -> str:
     """The text of a chat, up to where the assistant is to speak, by a chat template in jinja.
     messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. Raises UserError if the template, which
     came with the model, has mistakes, refuses these messages, or reaches for what is none of its business."""
@@ -220,19 +224,19 @@ HALF = {c: c - 0xfee0 for a, z in ('０９', 'ＡＺ', 'ａｚ') for c in range(
 HAN = '[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]'      # Chinese characters and the marks between them
 
 
-def normalize_question(text):
+def normalize_question(text: str) -> str:
     """A question as those in training are written: half-width letters and digits, full-width marks, no stray spaces."""
     text = re.sub(f'(?<={HAN}) +| +(?={HAN})', '', text.translate(HALF).strip())
     return re.sub(f'(?<={HAN})[,?!:;]', lambda mark: chr(ord(mark[0]) + 0xfee0), text)
 
 
-def begins_badly(text):
+def begins_badly(text: str) -> bool:
     """Whether no answer begins like this: nothing, white space, or punctuation that opens nothing."""
     return not text.strip() or text[0].isspace() or unicodedata.category(text[0]) in ('Pc', 'Pd', 'Pe', 'Pf', 'Po')
 
 
 @functools.lru_cache
-def not_first(tokenizer):
+def not_first(tokenizer: AnyTokenizer) -> tuple[int, ...]:
     """The ids that no answer begins with, end-of-text among them."""
     return tuple(i for i in range(tokenizer.vocab_size) if begins_badly(tokenizer.decode([i])))
 
@@ -246,7 +250,7 @@ def _settled(text, stop):
     return text
 
 
-def sampling_options(settings, exact):
+def sampling_options(settings: dict, exact: bool) -> dict:
     """What generate_texts is to be told of `settings`; exact: what style 'auto' is. Raises UserError."""
     rules = {'style': (lambda x: x in (*STYLES, 'auto'), f'auto, {", ".join(STYLES)}'),
              'temperature': (lambda x: x == -1 or x >= 0, 'at least 0'),
@@ -265,7 +269,7 @@ def sampling_options(settings, exact):
         name: settings[name] for name in others}
 
 
-def read_prompts():
+def read_prompts() -> list[str]:
     """The prompts that the settings name. Raises UserError."""
     if not prompts_file:
         return [prompt]
@@ -380,7 +384,7 @@ HELP = ('/reset forgets the conversation, /quit or Ctrl-D ends; /style creative,
         '/repetition_penalty, /max_new_tokens, /seed and /sure set what they name')
 
 
-def typed_lines():
+def typed_lines() -> Iterator[str]:
     """What is typed, line by line, until /quit or the end. Arrow keys edit a line, and fetch earlier ones."""
     with suppress(ImportError):                 # Windows' terminal does that by itself
         import readline                         # noqa: F401
@@ -399,7 +403,7 @@ def typed_lines():
             yield line
 
 
-def obey(line):
+def obey(line: str) -> None:
     """A line that begins with a stroke: /reset is done, /temperature 0.7 sets that in `config`. Raises UserError."""
     name, _, value = line[1:].partition(' ')
     if name in ('style', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'max_new_tokens', 'seed', 'sure'):

@@ -6,8 +6,8 @@ Every tokenizer has
     eot             the id of the end-of-text token (None if there is none)
     start           the ids before every text: [eot], or [] if there is none, or what a published model wants
     bos             the id among them that is only for beginnings, as Llama has it, or None
-    encode(text)    -> list[int]; text that looks like a special token is text (and, but for 'char', with special=True
-                    is that token, one of special_tokens(), which a chat template writes out)
+    encode(text)    -> list[int]; text that looks like a special token is text, but with special=True is that token
+    special_tokens() -> the names of those, which chat templates write out (none of characters)
     encode_batch(texts) -> list[list[int]], on all cores
     decode(ids)     -> str; the end-of-text token decodes to nothing
     token_bytes()   -> list[int]: how many bytes of UTF-8 each id stands for, 0 for special tokens
@@ -43,7 +43,7 @@ class CharTokenizer:
         self.eot = len(chars) if with_eot else None
         self.vocab_size = len(chars) + with_eot
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = False) -> list[int]:
         try:
             return [self.ids[c] for c in text]
         except KeyError:
@@ -56,6 +56,9 @@ class CharTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return ''.join(self.chars[i] for i in ids if i != self.eot)
+
+    def special_tokens(self) -> list[str]:
+        return []
 
     def token_bytes(self) -> list[int]:
         return [len(c.encode()) for c in self.chars] + [0] * (self.eot is not None)
