@@ -185,7 +185,7 @@ def conversation(template: str, turns: str | list[str], system: str = '') -> str
 
 
 @functools.lru_cache
-def chat_environment():
+def _chat_environment():
     """What transformers renders chat templates in: a sandbox, in which a template reaches and changes nothing."""
     from jinja2 import TemplateError, ext, nodes, sandbox
 
@@ -212,7 +212,7 @@ def render_chat(template: str, messages: list[dict]) -> str:
     messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. Raises UserError if the template, which
     came with the model, has mistakes, refuses these messages, or reaches for what is none of its business."""
     try:
-        return chat_environment().from_string(template).render(messages=messages, add_generation_prompt=True,
+        return _chat_environment().from_string(template).render(messages=messages, add_generation_prompt=True,
                                                                tools=None, documents=None)
     except Exception as e:                      # whatever a stranger's code may raise
         raise UserError(f'the chat template of this model does not work for this conversation: {first_line(e)}\n'

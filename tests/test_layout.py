@@ -74,14 +74,13 @@ def test_every_test_that_reliability_md_names_is_there():
             assert any(name in test for test in tests), name
 
 
-def test_public_functions_say_their_types_and_mypy_is_told_which_files_lack_them():
-    without = set(re.search(r'^\[mypy-(.*)\]$', (ROOT / 'mypy.ini').read_text(encoding='utf-8'), re.M)[1].split(','))
+def test_public_functions_say_their_types():
     for name, path in FILES.items():
         tree = ast.parse(path.read_text(encoding='utf-8'))
         parts = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != '_')]
         for function in (f for part in parts for f in part.body if isinstance(f, ast.FunctionDef)):
-            if name in without or function.name[0] == '_' and function.name != '__init__':
-                continue
+            if name == 'train' or function.name == 'main' or function.name[0] == '_' and function.name != '__init__':
+                continue                                # those of train.py are part of its text
             arguments = [a for a in ast.walk(function.args) if isinstance(a, ast.arg)]
             lacking = {a.arg for a in arguments if a.annotation is None} - {'self', 'cls', 'ctx'}
             lacking -= {a.arg for a in (function.args.vararg, function.args.kwarg) if a}
