@@ -343,7 +343,7 @@ class StopSignal:
         """Print on rank 0. Where nobody reads it any more (| head, a closed terminal), the run is to stop."""
         self._print(f'{self._blank()}{text}\n{self.bottom}')
 
-    def show(self, text, every=0.2):
+    def show(self, text: str, every: float = 0.2) -> None:
         """On a terminal, keep `text` as its last line, renewed every so many seconds, below what is said; '' ends."""
         if self.rank == 0 and sys.stdout.isatty() and (not text or time.monotonic() - self.shown > every):
             blank, self.bottom = self._blank(), text[:shutil.get_terminal_size().columns - 1]
