@@ -39,14 +39,14 @@ def first_line(error: BaseException) -> str:
 
 def configure(namespace: dict, argv: list[str] | None = None, *, presets: dict[str, dict] | None = None,
               negative: bool = True, at_least: dict[str, float] | None = None, at_most: dict[str, float] | None = None,
-              one_of: dict[str, Iterable] | None = None) -> dict:
+              one_of: dict[str, Iterable] | None = None, collect: str = '') -> dict:
     """Change the settings in `namespace` as config files and the command line say; return all of them as a dict.
 
     namespace: the calling script's globals(). argv: the arguments, `sys.argv[1:]` unless given. A script that is
     imported by another one, and so is not the one that the arguments are for, keeps its defaults.
     presets: {name: settings}; `preset=name` stands for these, and what is set after it, or in the same file, wins.
     negative=False: no number may become negative whose default is not. at_least, at_most, one_of: {setting: bound} and
-    {setting: choices}.
+    {setting: choices}. collect: the setting that gathers, with commas between, the arguments that are no config files.
     Raises UserError for an unknown key, a wrong type or value, or a config file that fails; exits 0 after `--help`.
     """
     path = namespace['__file__']
@@ -67,8 +67,11 @@ def configure(namespace: dict, argv: list[str] | None = None, *, presets: dict[s
     while args:
         arg = args.pop(0)
         if arg in ('--help', '-h'):
-            print(_help(path, ast.get_docstring(ast.parse(source)), settings, comments, sections))
+            print(_help(path, ast.get_docstring(ast.parse(source)), settings, comments, sections, collect))
             raise SystemExit(0)
+        if collect and not arg.startswith('--') and not arg.endswith('.py'):
+            settings[collect] = ','.join(filter(None, (settings[collect], arg)))
+            continue
         if not arg.startswith('--'):
             change(_run_config_file(arg, settings), f'in {arg}')
             continue
@@ -221,9 +224,10 @@ def _read_comments(source):
     return comments, sections
 
 
-def _help(path, docstring, settings, comments, sections):
+def _help(path, docstring, settings, comments, sections, collect=''):
     script = os.path.basename(path)
-    out = [docstring or '', '', f'usage: python {script} [config/file.py ...] [--key=value ...]']
+    arguments = f'[{collect} ...] ' if collect else ''
+    out = [docstring or '', '', f'usage: python {script} {arguments}[config/file.py ...] [--key=value ...]']
     width = max(len(f'--{name}={value!r}') for name, value in settings.items())
     heading = None
     for name, value in settings.items():

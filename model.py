@@ -183,9 +183,10 @@ class CausalSelfAttention(nn.Module):
                                 bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: torch.Tensor, norm: nn.Module, rope: list[torch.Tensor] | None = None,
-                cache: KVCache | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
-        B, T, C = x.shape
+    def queries_keys_values(self, x: torch.Tensor, norm: nn.Module,
+                            rope: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
+        """q (B, nh, T, hs), k and v (B, n_kv_head, T, hs) for x (B, T, C), as attention() takes them."""
+        B, T, _ = x.shape
         n_head, n_kv_head, hs = self.config.n_head, self.config.n_kv_head, self.head_size
         heads = product_of(norm, self.c_attn, x).view(B, T, n_head + 2 * n_kv_head, hs).permute(2, 0, 1, 3)
         if x.device.type == 'cpu' and x.requires_grad:
@@ -195,8 +196,12 @@ class CausalSelfAttention(nn.Module):
             q, k = rms_norm(q), rms_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)       # (B, nh or n_kv_head, T, hs)
+        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)          # (B, nh or n_kv_head, T, hs)
 
+    def forward(self, x: torch.Tensor, norm: nn.Module, rope: list[torch.Tensor] | None = None,
+                cache: KVCache | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = self.queries_keys_values(x, norm, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
             q = q.to(k.dtype)

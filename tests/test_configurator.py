@@ -308,3 +308,13 @@ def test_help_shows_every_setting_with_its_default_and_comment(script, tmp_path)
         assert any(shown.split(maxsplit=1)[0] == line.split()[0] and line in shown and shown.endswith(comment)
                    for shown in done.stdout.splitlines() if shown.strip()), f'{line} is not in --help'
     assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_are_no_config_files_are_collected_where_a_script_wants_them(run, capsys):
+    write('loud.py', 'loud = True\n')
+    config = run('out/a', 'loud.py', '--times=2', 'out/b', collect='name')
+    assert (config['name'], config['loud'], config['times']) == ('world,out/a,out/b', True, 2)
+    assert "no config file 'out/a'" in message(run, 'out/a')
+    with pytest.raises(SystemExit):
+        run('--help', collect='name')
+    assert 'usage: python greet.py [name ...] [config/file.py ...]' in capsys.readouterr().out
