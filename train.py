@@ -28,6 +28,7 @@ from device import (Stopped, StopSignal, all_sum, autocast, from_everyone, init_
 from files import claim
 from metrics import MetricsLog, TimeToFinish
 from model import PRESETS
+from plot import draw_run
 from sample import generate_texts
 
 # -----------------------------------------------------------------------------
@@ -401,5 +402,6 @@ best += f' ({best_bits:.4f} bits per byte)' if best_bits is not None else ''
 say(f'total time: {elapsed() / 60:.2f} minutes{best}, checkpoints in {out_dir}')
 log_metrics.close()
 if rank == 0:
+    draw_run(out_dir)                           # loss.png, where matplotlib is installed
     release()
 sys.exit(leave_distributed(128 + stop.agreed if stop.agreed else 0))

@@ -18,6 +18,10 @@ PROCESS = {}            # the process that starts scripts for this one, as soon 
 LAUNCHER = '''
 import atexit, gc, json, os, runpy, signal, sys, threading, time
 import numpy, pyarrow.parquet, safetensors.torch, tiktoken, tokenizers, torch, tqdm
+try:
+    import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.font_manager
+except ImportError:
+    pass
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)

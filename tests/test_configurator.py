@@ -294,7 +294,7 @@ def test_help_is_read_from_the_source(run, capsys):
     assert out.index('whom') < out.index('--name') < out.index('how\n') < out.index('--rate')
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'prepare_data.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'prepare_data.py', 'plot.py'])
 def test_help_shows_every_setting_with_its_default_and_comment(script, tmp_path):
     done = subprocess.run([sys.executable, ROOT / script, '--help'], cwd=tmp_path, capture_output=True, text=True,
                           encoding='utf-8', timeout=60)

@@ -82,6 +82,19 @@ CASES = [       # the command, and what its message names
     (SAMPLE + '--prompts_file=nowhere.txt', ['nowhere.txt']),
     (SAMPLE + '--prompts_file=latin.txt', ['latin.txt', 'UTF-8']),
     (SAMPLE + '--output_file=nowhere/answers.txt', ['nowhere']),
+    # plot
+    ('plot.py out/tinny', ['out/tinny', 'python plot.py out/NAME']),
+    ('plot.py --out_dir=nowhere', ['nowhere', 'python plot.py out/NAME']),
+    ('plot.py out/tiny --y=los', ["'los'", 'loss', 'val_loss']),
+    ('plot.py out/tiny --x=hours', ['hours', 'seconds']),
+    ('plot.py out/tiny --y_max=0.001', ['y_max', '0.001', 'lowest']),
+    ('plot.py garbled', ['garbled', 'line 2', 'delete that line']),
+    ('plot.py out/tiny --output_file=loss.txt', ['loss.txt', '.png']),
+    ('plot.py out/tiny --output_file=nowhere/loss.png', ['nowhere']),
+    ('plot.py out/tiny --prompt=hello', ['--init_from=out/tiny']),
+    ('plot.py --init_from=out/tiny --prompt=hello --layer=1', ['layer', '0', 'not 1']),
+    ('plot.py --init_from=out/tiny --prompt="hello hello hello"', ['18', '16', 'shorten']),
+    ('plot.py --init_from=out/tiny --prompt=hello#', ["'#'"]),
     # prepare_data
     ('prepare_data.py --dataset=shakspeare', ['shakspeare', 'shakespeare']),
     ('prepare_data.py --dataset=custom', ['--input']),
@@ -158,6 +171,8 @@ def place(tmp_path_factory):
     (place / 'published/tokenizer.json').unlink()
     (place / 'scaled').mkdir()
     (place / 'scaled/config.json').write_text('{"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}}')
+    (place / 'garbled').mkdir()
+    (place / 'garbled/metrics.jsonl').write_text('{"step": 0, "loss": 4.2}\n{"step": 1, "loss": \n{"step": 2}\n')
     (place / 'typo.py').write_text('lerning_rate = 1e-3\n', encoding='utf-8')
     (place / 'empty.txt').write_bytes(b'')
     (place / 'latin.txt').write_bytes('un café, deux cafés\n'.encode('latin-1'))
