@@ -1,7 +1,12 @@
 """Published chat models: sample.py asks them through their own template, as transformers renders it, in a sandbox."""
 
 import json
-from pathlib import Path
+import os
+import select
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -13,10 +18,14 @@ from configurator import UserError
 from huggingface import load_published, read_chat_template, save_folder
 from model import GPT, GPTConfig
 from sample import encode_prompt, render_chat
-from scripts import run
+from scripts import ROOT, run
 from tokenizer import from_state, load_tokenizer, train_bpe
 
-CONFIG = Path(__file__).resolve().parents[1] / 'config' / 'finetune_chat.py'
+with suppress(ImportError):         # Windows has no such terminals
+    import fcntl
+    import termios
+
+CONFIG = ROOT / 'config' / 'finetune_chat.py'
 TEXT = 'the cat sat on the mat. system user assistant 猫坐在垫子上。\n' * 20
 
 # each in the manner of a family of published models: what they do with line breaks, system texts and loops
@@ -326,3 +335,60 @@ def test_a_small_gpt2_tuned_on_conversations_answers_in_turns_and_ends(tuned):
     done = run(tuned, 'sample.py', '--out_dir=out/chat', '--device=cpu', '--temperature=0', '--raw=true',
                '--prompt=User: I am Ann.\nAssistant:')
     assert answers(done) == ['User: I am Ann.\nAssistant:Hello Ann!\n']
+
+
+# -----------------------------------------------------------------------------
+# a terminal
+
+class Terminal:
+    """sample.py on a terminal of its own: type() what somebody types, until() something is shown."""
+
+    def __init__(self, place, *args):
+        pty = pytest.importorskip('pty')
+        self.us, them = pty.openpty()
+        command = [sys.executable, str(ROOT / 'sample.py'), '--init_from=published', '--device=cpu', '--interactive']
+        self.process = subprocess.Popen([*command, *args], cwd=place, stdin=them, stdout=them, stderr=them,
+                                        env={**os.environ, 'TERM': 'xterm'}, start_new_session=True,
+                                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(them)
+        self.shown = ''
+
+    def type(self, text):
+        os.write(self.us, text.encode())
+
+    def until(self, text, times=1):
+        while self.shown.count(text) < times:
+            assert select.select([self.us], [], [], 60)[0], self.shown
+            try:
+                self.shown += os.read(self.us, 4096).decode(errors='replace')
+            except OSError:
+                raise AssertionError(f'it has ended: {self.shown}') from None
+
+    def end(self):
+        self.type('/quit\n')
+        self.until('Generation complete')
+        assert self.process.wait(60) == 0, self.shown
+        os.close(self.us)
+
+
+def test_arrow_keys_fetch_the_line_before_and_an_empty_line_ends_nothing(place):
+    terminal = Terminal(place, '--max_new_tokens=3')
+    terminal.until('> ')
+    terminal.type('the cat\n')
+    terminal.until('tokens/s')
+    terminal.type('\n\x1b[A sat\x1b[D\x1b[D\x1b[DX\n')         # up, more, three to the left, a letter
+    terminal.until('tokens/s', 2)
+    terminal.end()
+    assert 'the cat' in terminal.shown.split('tokens/s')[1] and 'Xsat' in terminal.shown.replace('\x1b', '')
+    assert '^[[A' not in terminal.shown
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(place):
+    terminal = Terminal(place, '--num_samples=2000', '--batch_size=1', '--style=wild')      # which take their time
+    terminal.until('> ')
+    terminal.type('the cat\n')
+    time.sleep(1)
+    terminal.type('\x03')
+    terminal.until('(left at that)')
+    terminal.end()
+    assert 'Traceback' not in terminal.shown
