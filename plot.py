@@ -57,6 +57,8 @@ NAME_ONE = 'name the folder of a run: python plot.py out/NAME'
 def read_metrics(run: str | Path) -> list[dict]:
     """The lines of metrics.jsonl in the folder `run`: dicts, of finite numbers. Raises UserError."""
     path, rows = Path(run, 'metrics.jsonl'), []
+    if not path.is_file():                  # a device, to which some logs are led, may have no end
+        raise UserError(f'there is no file {path}; {NAME_ONE}')
     try:
         lines = path.read_text(encoding='utf-8').splitlines()
     except (OSError, UnicodeDecodeError) as e:

@@ -373,9 +373,9 @@ class Terminal:
 
 def test_arrow_keys_fetch_the_line_before_and_an_empty_line_ends_nothing(place):
     terminal = Terminal(place, '--max_new_tokens=3')
-    terminal.until('> ')
+    terminal.until('\n> ')
     terminal.type('the cat\n')
-    terminal.until('tokens/s')
+    terminal.until('\n> ', 2)
     terminal.type('\n\x1b[A sat\x1b[D\x1b[D\x1b[DX\n')         # up, more, three to the left, a letter
     terminal.until('tokens/s', 2)
     terminal.end()

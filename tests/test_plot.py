@@ -2,6 +2,7 @@
 transformers; and no picture, nor the lack of one, harms a run."""
 
 import json
+import os
 import re
 
 import pytest
@@ -143,6 +144,14 @@ def test_a_line_that_is_being_written_is_left_out_and_a_damaged_one_named(tmp_pa
         log.write_text('{"step": 0, "loss": 4.0}\n' + bad + '{"step": 2}\n', encoding='utf-8')
         with pytest.raises(UserError, match='line 2 is damaged'):
             read_metrics(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no such device')
+@pytest.mark.timeout(60)
+def test_a_log_that_is_led_to_a_device_is_not_read_without_end(tmp_path):
+    (tmp_path / 'metrics.jsonl').symlink_to('/dev/full')
+    with pytest.raises(UserError, match='there is no file'):
+        read_metrics(tmp_path)
 
 
 def test_the_script_draws_a_run_several_and_the_newest(place, matplotlib):
