@@ -297,7 +297,7 @@ def main():
     def answer(prompts, before=()):
         """The texts for `prompts`, num_samples each, streamed to the terminal if there is one text and a terminal.
         before: questions and answers that are still in mind."""
-        options = sampling_options(config, exact=decline) | dict(template=template, decline=decline)
+        options = sampling_options(config, exact=bool(decline)) | dict(template=template, decline=decline)
         each = [p for p in prompts for _ in range(num_samples)]
         streaming = len(each) == 1 and sys.stdout.isatty() and not decline
         shown = len(heading(0, each[0])) if streaming else 0
@@ -381,7 +381,7 @@ def main():
 # conversation on a terminal
 
 HELP = ('/reset forgets the conversation, /quit or Ctrl-D ends; /style creative, /temperature 0.7, /top_k, /top_p,\n'
-        '/repetition_penalty, /max_new_tokens, /seed and /sure set what they name')
+        '/repetition_penalty, /max_new_tokens and /seed set what they name')
 
 
 def typed_lines() -> Iterator[str]:
@@ -406,7 +406,7 @@ def typed_lines() -> Iterator[str]:
 def obey(line: str) -> None:
     """A line that begins with a stroke: /reset is done, /temperature 0.7 sets that in `config`. Raises UserError."""
     name, _, value = line[1:].partition(' ')
-    if name in ('style', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'max_new_tokens', 'seed', 'sure'):
+    if name in ('style', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'max_new_tokens', 'seed'):
         try:
             new = {**config, name: type(config[name])(value)}
         except ValueError:

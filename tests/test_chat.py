@@ -277,6 +277,17 @@ def test_the_end_of_an_answer_is_the_chats_not_the_texts(place):
     assert load_published(str(place / 'published'))['eot'] == theirs.eos_token_id
 
 
+def test_an_export_keeps_the_template(place):
+    done = run(place, 'export.py', '--init_from=published', '--format=hf', '--out=again')
+    assert done.returncode == 0, done.stderr
+    before, after = (AutoTokenizer.from_pretrained(place / name) for name in ('published', 'again'))
+    for turns in (['the cat'], ['the cat', 'the mat', 'the cat?']):
+        texts = [tokenizer.apply_chat_template(messages_of(turns, ''), tokenize=False, add_generation_prompt=True)
+                 for tokenizer in (before, after)]
+        assert texts[0] == texts[1] and 'the cat' in texts[0]
+    assert before.eos_token_id == after.eos_token_id
+
+
 # -----------------------------------------------------------------------------
 # a model of one's own
 
