@@ -25,7 +25,7 @@ LEFT_OUT = {                # what a command holds that cannot be had here, and 
     'llama-server': 'llama.cpp', 'lm_eval': 'the hub, for its questions', 'pytest': 'the tests run by themselves',
 }
 PRINTED = {                 # what a command prints, as the READMEs have it
-    'prompt=什么是注意力机制？':
+    'sample.py --init_from=out/zh --prompt=什么是注意力机制？':
         '[Sample 1] 注意力机制让模型处理每个词时，按相关程度给各个词分配权重，再把它们的信息加权汇总。',
 }
 BROUGHT = {                 # the files of a reader
