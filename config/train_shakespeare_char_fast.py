@@ -16,6 +16,7 @@ zero_init = True
 
 optimizer = 'muon'
 learning_rate, min_lr = 6e-3, 0.0
+weight_decay = 1.0              # ten times the usual: the text is seen more than three times
 beta2 = 0.95
 warmup_steps = 20
 max_steps = 800                 # 800 * 16 * 256 = 3.3M tokens, 3.3 epochs
