@@ -5,7 +5,6 @@ import os
 import select
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import numpy as np
@@ -18,7 +17,7 @@ from configurator import UserError
 from huggingface import load_published, read_chat_template, save_folder
 from model import GPT, GPTConfig
 from sample import encode_prompt, render_chat
-from scripts import ROOT, run
+from scripts import ROOT, patched, run
 from tokenizer import from_state, load_tokenizer, train_bpe
 
 with suppress(ImportError):         # Windows has no such terminals
@@ -395,11 +394,19 @@ def test_arrow_keys_fetch_the_line_before_and_an_empty_line_ends_nothing(place):
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(place):
-    terminal = Terminal(place, '--num_samples=2000', '--batch_size=1', '--style=wild')      # which take their time
-    terminal.until('> ')
-    terminal.type('the cat\n')
-    time.sleep(1)
-    terminal.type('\x03')
-    terminal.until('(left at that)')
-    terminal.end()
-    assert 'Traceback' not in terminal.shown
+    script = patched(place, """
+import signal
+import model
+stream, interrupted = model.GPT.stream, []
+def interrupt(self, *args, **options):
+    for tokens in stream(self, *args, **options):
+        if not interrupted:
+            interrupted.append(True)
+            os.kill(os.getpid(), signal.SIGINT)         # as the terminal does
+        yield tokens
+model.GPT.stream = interrupt
+""")
+    done = run(place, script, 'sample.py', '--init_from=published', '--device=cpu', '--interactive', '--temperature=0',
+               '--dtype=float32', '--max_new_tokens=6', input='never answered\nthe cat\n')
+    assert '(left at that)' in done.stderr and 'Traceback' not in done.stderr
+    assert answers(done) == [greedy(place, ['the cat']) + '\n']
