@@ -259,11 +259,16 @@ def split_rule(pieces: Iterable[Piece], fraction: float) -> tuple[str, int | Non
 
 
 def count_questions(pieces: Iterable[Piece]) -> int:
-    """How many of the pieces are questions with answers, as far as FEW; says so where they are fewer."""
-    n = sum(1 for _ in itertools.islice((piece for piece in pieces if len(piece.segments) > 1), FEW))
-    if 0 < n < FEW:
-        print(f'only {n} questions: those for validation are learned, too, so that the validation loss says little')
-    return n
+    """How many of the pieces are questions with answers; it counts no further than FEW."""
+    return sum(1 for _ in itertools.islice((piece for piece in pieces if len(piece.segments) > 1), FEW))
+
+
+def too_few(questions: int) -> bool:
+    """Whether there are so few questions that those for validation are to be learned, too; then it says so."""
+    if 0 < questions < FEW:
+        print(f'only {questions} questions: those for validation are learned, too, so that the validation loss says '
+              'little')
+    return 0 < questions < FEW
 
 
 def split_pieces(pieces: Iterable[Piece], fraction: float, rule: str, n_train: int | None,

@@ -346,11 +346,14 @@ def read_chat_template(folder: str | Path) -> tuple[str, str | None]:
         if Path(folder, name).is_file():
             settings |= _read_json(Path(folder, name))
     template = settings.get('chat_template')
-    if Path(folder, CHAT[1]).is_file():
-        template = Path(folder, CHAT[1]).read_text(encoding='utf-8')
-    elif isinstance(template, list):                                # several, by name
-        named = {one['name']: one['template'] for one in template}
-        template = named.get('default') or next(iter(named.values()), None)
+    try:
+        if Path(folder, CHAT[1]).is_file():
+            template = Path(folder, CHAT[1]).read_text(encoding='utf-8')
+        elif isinstance(template, list):                            # several, by name
+            named = {one['name']: one['template'] for one in template}
+            template = named.get('default') or next(iter(named.values()), None)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'the chat template in {folder} cannot be read ({e!r}); fetch it again') from None
     if not isinstance(template, str):
         return '', None
     names = [f'{kind}_token' for kind in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')]

@@ -48,7 +48,7 @@ class MetricsLog:
             raise UserError(f'cannot log to {e.filename or out_dir}: {e.strerror}; remove what is in the way, or '
                             'choose another --out_dir') from None
 
-    def __call__(self, step: int, **values: float) -> None:
+    def __call__(self, step: int, **values: float | list[str]) -> None:
         for place, write in list(self.places.items()):
             try:
                 write(place, step, values)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configurator import UserError, configure, first_line
-from corpus import (FEW, Piece, count_questions, find_inputs, kind_of, read_documents, shuffled_rows, split_pieces,
-                    split_rule, write_dataset)
+from corpus import (Piece, count_questions, find_inputs, kind_of, read_documents, shuffled_rows, split_pieces,
+                    split_rule, too_few, write_dataset)
 from dataset import start_dataset
 from download import DownloadError, download, hub_download, hub_files
 from tokenizer import END_OF_TEXT, gpt2_tokenizer, load_tokenizer, train_bpe, train_char
@@ -112,9 +112,10 @@ def main():
     rule = split_rule(documents('reading'), val_fraction)
     talks = [p for p in paths if kind_of(p) == 'jsonl']         # which may hold conversations
     questions = count_questions(read_documents(talks, template=template)) if talks else 0
+    few = too_few(questions)
 
     def split_documents(doing):
-        return split_pieces(documents(doing), val_fraction, *rule, few=0 < questions < FEW)
+        return split_pieces(documents(doing), val_fraction, *rule, few)
 
     # 2) the tokenizer
     if kind == 'char':

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from configurator import UserError, configure
-from corpus import (FEW, count_questions, find_inputs, read_documents, shuffled_rows, split_pieces, split_rule,
+from corpus import (count_questions, find_inputs, read_documents, shuffled_rows, split_pieces, split_rule, too_few,
                     write_dataset)
 from dataset import start_dataset
 from download import hub_download, hub_files
@@ -123,12 +123,13 @@ def main():
         return read_documents(paths, template=template, encoding=encoding, doing=doing)
 
     rule = ('files', None) if divided else split_rule(documents('reading'), val_fraction)
-    questions = FEW if divided else count_questions(documents('looking for questions'))
+    questions = count_questions(documents('looking for questions'))
+    few = not divided and too_few(questions)
 
     def split_documents(doing='encoding'):
         if divided:
             return ((('train', 'val')[piece.file], piece) for piece in documents(doing))
-        return split_pieces(documents(doing), val_fraction, *rule, few=0 < questions < FEW)
+        return split_pieces(documents(doing), val_fraction, *rule, few)
 
     # the tokenizer learns from what is trained on; if that has no questions, it is language modelling, without masks
     with_masks = questions > 0

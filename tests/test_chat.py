@@ -176,6 +176,15 @@ def test_the_template_is_found_wherever_transformers_keeps_it(where, tmp_path):
         assert end == '</s>'
 
 
+@pytest.mark.parametrize('name, content', [
+    ('chat_template.jinja', b'\xff\xfe\x00'), ('tokenizer_config.json', b'{"chat_template": [{"name": "rag"}]}'),
+    ('tokenizer_config.json', b'{"chat_template": ["x"]}'), ('tokenizer_config.json', b'[]')])
+def test_a_damaged_template_is_named_with_its_folder(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f'{tmp_path.name}(.|\n)*fetch it again'):
+        read_chat_template(tmp_path)
+
+
 @pytest.mark.parametrize('nothing', ["{{ raise_exception.__globals__ }}", "{{ ''.__class__ }}",
                                      "{{ '%s' | format(messages.__class__) }}", "{{ messages | attr('__class__') }}"])
 def test_what_a_template_must_not_see_is_nothing(nothing):
@@ -267,8 +276,16 @@ def test_commands_set_what_they_name_and_mistakes_end_nothing(place):
 
 
 def test_a_chat_that_grows_too_long_forgets_its_first_turns(place):
-    done = chat(place, '--interactive', typed='the cat sat on the mat. ' * 3 + '\n' + 'the cat\n' * 12)
-    assert len(answers(done)) == 13 and answers(done)[-1] != answers(done)[1]
+    lines = ['the cat sat on the mat. ' * 3] + ['the cat'] * 6
+    said = [text[:-1] for text in answers(chat(place, '--interactive', typed='\n'.join(lines)))]
+    theirs, before, forgotten = AutoTokenizer.from_pretrained(place / 'published'), [], 0
+    for line, answer in zip(lines, said, strict=True):
+        while len(theirs.apply_chat_template(messages_of([*before, line], ''), add_generation_prompt=True,
+                                             tokenize=True)['input_ids']) + 6 > 128:        # with room for an answer
+            before, forgotten = before[2:], forgotten + 1
+        last = [*before, line]
+        before = [*last, answer]
+    assert forgotten and said[-1] == greedy(place, last)
 
 
 def test_the_end_of_an_answer_is_the_chats_not_the_texts(place):

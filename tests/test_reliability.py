@@ -470,7 +470,7 @@ def test_a_full_disk_under_tensorboard_costs_its_log_and_not_the_run(tmp_path):
     ('sample.py', '--init_from=out/odd', '--device=cpu', '--num_samples=10000000000'),
     ('sample.py', '--init_from=out/odd', '--device=cpu', '--num_samples=100000', '--batch_size=100000')], ids=str)
 def test_a_script_that_runs_out_of_memory_says_so_in_two_lines(odd, args):
-    used = 'int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (1 << 28)'
+    used = 'int(open("/proc/self/statm", encoding="ascii").read().split()[0]) * resource.getpagesize() + (1 << 28)'
     done = run(odd, patched(odd, f'import torch\n{LIMIT.format("RLIMIT_AS", used)}'), *args)
     assert done.returncode == 2, done.stderr
     assert re.search(r'^error: out of memory.*\nlower batch_size.*\n\Z', done.stderr, re.M), done.stderr

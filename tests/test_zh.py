@@ -253,6 +253,13 @@ def test_poems_with_traditional_and_rare_characters_round_trip(tmp_path):
     assert sorted(back) == sorted(poems)
 
 
+def test_a_folder_of_train_and_val_may_hold_plain_texts(tmp_path):
+    for name in ('train', 'val'):
+        (tmp_path / f'{name}.jsonl').write_text('{"text": "從前有座山，山裏有座廟。"}\n' * 20, encoding='utf-8')
+    made(tmp_path, f'--input={tmp_path}', '--vocab_size=300')
+    assert not list((tmp_path / 'made').glob('*.mask.bin')) and read_meta(tmp_path / 'made')['template'] == ''
+
+
 def test_weights_say_how_often_a_file_is_taken(tmp_path):
     for name, answer in (('a', '甲。'), ('b', '乙。'), ('c', '丙。')):
         lines = [json.dumps({'prompt': f'第{i}问？', 'completion': answer}) for i in range(40)]
