@@ -120,7 +120,7 @@ say(f'=> calculated gradient accumulation steps: {grad_accum_steps}')
 folder = find_dataset(dataset)
 tokenizer = dataset_tokenizer(folder)
 meta = read_meta(folder)
-template, decline = meta.get('template', ''), meta.get('decline', '')   # of questions: see prepare_zh.py
+template, decline = meta.get('template', ''), meta.get('decline', '')   # of questions, and conversations
 layout = dict(batch_size=batch_size, grad_accum_steps=grad_accum_steps, rank=rank, world_size=world_size, seed=seed)
 train_data = TokenDataset(folder, 'train', block_size, tokenizer.vocab_size, **layout)
 val_data = TokenDataset(folder, 'val', block_size, tokenizer.vocab_size, **layout)
