@@ -4,6 +4,7 @@ transformers; and no picture, nor the lack of one, harms a run."""
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,9 +169,10 @@ def test_the_script_draws_a_run_several_and_the_newest(place, matplotlib):
 def test_names_that_no_font_can_write_become_numbers(matplotlib):
     assert legible(['a', '_$\\frac$']) == (['DejaVu Sans'], ['a', '_$\\frac$'])
     assert legible(['a', '\ue123\U0010fffd']) == (['DejaVu Sans'], ['0', '1'])
-    from matplotlib import font_manager, ft2font
-    usual, other = (ft2font.FT2Font(font_manager.findfont(name)).get_charmap().keys()
-                    for name in ('DejaVu Sans', 'STIXGeneral'))
+    from matplotlib import font_manager, ft2font, get_data_path
+    usual, other = (Path(get_data_path(), 'fonts/ttf', name) for name in ('DejaVuSans.ttf', 'STIXGeneral.ttf'))
+    font_manager.fontManager.addfont(other)             # a list of fonts kept from another installation may lack it
+    usual, other = (ft2font.FT2Font(path).get_charmap().keys() for path in (usual, other))
     rare = chr(min(other - usual - set(range(0x20))))           # both come with matplotlib
     (_, found), labels = legible(['a', rare])
     assert labels == ['a', rare]
