@@ -124,28 +124,45 @@ def pick_dtype(name: str = 'auto', device: str = 'cpu') -> str:
     return name
 
 
-def pick_compile(choice: str, device: str) -> bool:
-    """Whether to run the training step through torch.compile. choice: 'true', 'false', or 'auto': on a GPU, if all is
+def pick_compile(choice: str, device: str, tokens: int) -> bool:
+    """Whether to run the training step through torch.compile. choice: 'true', 'false', or 'auto': on a GPU, and on a
+    CPU, on Linux, if the run is to see 2 million `tokens` or more, over which the half minute pays; wherever all is
     there that it needs."""
     if choice.lower() not in ('auto', 'true', 'false'):
         raise UserError(f'compile should be auto, true or false, not {choice!r}')
-    if choice.lower() != 'auto' or torch.device(device).type != 'cuda':
+    kind = torch.device(device).type
+    pays = kind == 'cuda' or kind == 'cpu' and sys.platform == 'linux' and tokens >= 2e6
+    if choice.lower() != 'auto' or not pays:
         return choice.lower() == 'true'
-    lacking = ('a GPU of compute capability 7.0' if torch.cuda.get_device_capability(device) < (7, 0) else
-               'Triton' if importlib.util.find_spec('triton') is None else
-               _lacking_for_triton() if os.name == 'posix' else '')
-    if lacking and os.environ.get('RANK', '0') == '0':
-        print(f'not compiling, which is slower: torch.compile needs {lacking}', file=sys.stderr)
-    return not lacking
+    if kind == 'cpu':
+        why_not = _compiling_fails()
+    elif torch.cuda.get_device_capability(device) < (7, 0):
+        why_not = 'torch.compile needs a GPU of compute capability 7.0'
+    elif importlib.util.find_spec('triton') is None:
+        why_not = 'torch.compile needs Triton'
+    else:
+        why_not = _lacking_for_triton() if os.name == 'posix' else ''
+    if why_not and os.environ.get('RANK', '0') == '0':
+        print(f'not compiling, which is slower: {why_not}', file=sys.stderr)
+    return not why_not
+
+
+def _compiling_fails():
+    """What comes of the attempt to compile something small on a CPU: '' or the beginning of the error."""
+    try:
+        torch.compile(torch.sin)(torch.ones(16))
+    except Exception as e:      # no C++ compiler or an old one, no headers, no room, ...: nobody lists them all
+        return f'torch.compile fails here: {e}'.partition('\n')[0]
+    return ''
 
 
 def _lacking_for_triton():
-    """What Triton's own small extension cannot be built without, if it is not there: '' or its name."""
+    """What Triton's own small extension cannot be built without, if it is not there: '' or a sentence."""
     compilers = [os.environ['CC']] if 'CC' in os.environ else ['gcc', 'clang']
     if not any(map(shutil.which, compilers)):
-        return 'a C compiler'
+        return 'torch.compile needs a C compiler'
     header = Path(sysconfig.get_path('include', 'posix_prefix'), 'Python.h')
-    return '' if header.exists() else f"Python's headers ({header}; the package python3-dev)"
+    return '' if header.exists() else f"torch.compile needs Python's headers ({header}; the package python3-dev)"
 
 
 def cpu_multiplies_bfloat16() -> bool:

@@ -91,7 +91,7 @@ min_lr = 6e-5                   # where the cosine ends, at max_steps
 # system
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                  # auto, float32, bfloat16, float16
-compile = 'auto'                # torch.compile: auto (on a GPU), true, false
+compile = 'auto'                # torch.compile: auto (on a GPU, and for long runs on a CPU), true, false
 zero = 0                        # 1: each process keeps only its part of the optimizer's state (ZeRO stage 1)
 seed = 1337                     # of the weights, the order of the data, and dropout
 config = configure(globals(), presets=PRESETS, negative=False,      # a config file and --key=value may change these
@@ -104,14 +104,14 @@ config = configure(globals(), presets=PRESETS, negative=False,      # a config f
 rank, local_rank, world_size = init_distributed(device)
 here = pick_device(device, local_rank)          # 'cuda:3'
 precision = pick_dtype(dtype, here)             # 'bfloat16'
-compiling = pick_compile(compile, here)
 on_gpu = torch.device(here).type == 'cuda'
 if on_gpu:
     torch.set_float32_matmul_precision('high')  # TF32, where float32 is asked for and the GPU has it
 stop = StopSignal(rank)                         # Ctrl-C and the like; from the loop on: finish the step, save, exit
 say = stop.say                                  # print, on one process of all
-say(f'using device: {here}, dtype: {precision}, compile: {compiling}')
 tokens_per_step, grad_accum_steps = divide_batch(total_batch_size, batch_size, block_size, world_size)
+compiling = pick_compile(compile, here, max_steps * tokens_per_step)
+say(f'using device: {here}, dtype: {precision}, compile: {compiling}')
 config['total_batch_size'] = tokens_per_step
 say(f'total desired batch size: {tokens_per_step}')
 say(f'=> calculated gradient accumulation steps: {grad_accum_steps}')

@@ -68,10 +68,25 @@ def test_auto_is_the_fastest_dtype_that_is_safe(machine, where, how, expected):
     ({'triton': False}, 'Triton'), ({'compilers': ('cc',)}, 'a C compiler'), ({'headers': False}, 'python3-dev')])
 def test_compile_auto_is_on_where_all_is_there_that_it_needs(machine, capsys, how, lacking):
     machine(gpus=1, **how)
-    assert pick_compile('auto', 'cuda') == (not lacking)
+    assert pick_compile('auto', 'cuda', 1) == (not lacking)
     said = capsys.readouterr().err
     assert lacking in said and bool(said) == bool(lacking)
-    assert pick_compile('true', 'cuda') and not pick_compile('false', 'cuda') and not pick_compile('auto', 'cpu')
+    assert pick_compile('true', 'cuda', 1) and not pick_compile('false', 'cuda', 1)
+
+
+def test_compile_auto_is_on_for_long_runs_on_the_cpus_of_linux_if_it_works_there(machine, monkeypatch, capsys):
+    machine()
+    monkeypatch.setattr(torch, 'compile', lambda function: function)
+    assert pick_compile('auto', 'cpu', 2_000_000) and not pick_compile('auto', 'cpu', 1_999_999)
+    assert not pick_compile('auto', 'mps', 10 ** 9)
+
+    def broken(function):
+        raise RuntimeError('no compiler\nand more')
+    monkeypatch.setattr(torch, 'compile', broken)
+    assert capsys.readouterr().err == '' and not pick_compile('auto', 'cpu', 2_000_000)
+    assert capsys.readouterr().err == 'not compiling, which is slower: torch.compile fails here: no compiler\n'
+    monkeypatch.setattr('sys.platform', 'darwin')
+    assert not pick_compile('auto', 'cpu', 2_000_000) and capsys.readouterr().err == ''
 
 
 def test_a_failure_of_compilation_names_the_way_without(tmp_path):
