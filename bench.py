@@ -349,7 +349,7 @@ def print_profile(size: str) -> None:
 
 def train_on_what_fits(here: str) -> None:
     """Print the speed of training on batch_size sequences, or on 64, or half as many, and so on."""
-    precision, compiling, size = pick_dtype(dtype, here), pick_compile(compile, here), batch_size or 64
+    precision, compiling, size = pick_dtype(dtype, here), pick_compile(compile, here, 0), batch_size or 64
     on_gpu = torch.device(here).type == 'cuda'
     while True:
         try:

@@ -19,7 +19,7 @@ import torch
 from checkpoint import load_for_use
 from device import pick_device, pick_dtype
 from model import GPT
-from sample import generate_answers
+from sample import generate_answers, manners
 from tokenizer import AnyTokenizer
 
 # -----------------------------------------------------------------------------
@@ -62,24 +62,24 @@ def as_question(row: dict) -> dict:
     return {'prompt': turns, 'completion': answer}
 
 
-def evaluate(model: GPT, tokenizer: AnyTokenizer, template: str, decline: str, questions: dict[str, list[dict]], *,
+def evaluate(model: GPT, tokenizer: AnyTokenizer, asked: dict[str, str], questions: dict[str, list[dict]], *,
              rank: int = 0, world_size: int = 1, batch_size: int = 128, max_new_tokens: int = 96,
              should_stop: Callable[[], bool] | None = None) -> dict[str, list[tuple]]:
-    """Answer this process's share of `questions`. Returns {set: [(prompt, expected, answer), ...]}."""
+    """Answer this process's share of `questions`, asked as sample.manners() says. Returns {set: [(prompt, expected,
+    answer), ...]}."""
     mine = [(name, row) for name in questions for row in questions[name]][rank::world_size]
-    answers = generate_answers([row['prompt'] for _, row in mine], model, tokenizer, template=template, decline=decline,
-                               temperature=0, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                               should_stop=should_stop)
+    answers = generate_answers([row['prompt'] for _, row in mine], model, tokenizer, **asked, temperature=0,
+                               max_new_tokens=max_new_tokens, batch_size=batch_size, should_stop=should_stop)
     results = {name: [] for name in questions}
     for (name, row), answer in zip(mine, answers, strict=True):
         results[name].append((row['prompt'], row['completion'], answer))
     return results
 
 
-def count_right(model: GPT, tokenizer: AnyTokenizer, template: str, decline: str, questions: list[dict],
+def count_right(model: GPT, tokenizer: AnyTokenizer, asked: dict[str, str], questions: list[dict],
                 **share) -> tuple[int, int]:
     """(right, answered) among a list of questions [{'prompt', 'completion'}]; what train.py asks during training."""
-    rows = evaluate(model, tokenizer, template, decline, {'heldout': questions}, **share)['heldout']
+    rows = evaluate(model, tokenizer, asked, {'heldout': questions}, **share)['heldout']
     return sum(answer == expected for _, expected, answer in rows), len(rows)
 
 
@@ -100,14 +100,13 @@ def main() -> None:
     chosen_device = pick_device(device)
     model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, chosen_device,
                                                              pick_dtype(dtype, chosen_device))
-    template, decline = checkpoint.get('template', ''), checkpoint.get('decline', '')
-    if not template:
+    asked = manners(checkpoint)
+    if not asked['template']:
         raise UserError(f'{description} was not trained on questions and answers: its data set has no template')
     questions = load_questions(data or SHIPPED)
     start = time.perf_counter()
     with torch.inference_mode():
-        results = evaluate(model, tokenizer, template, decline, questions, batch_size=batch_size,
-                           max_new_tokens=max_new_tokens)
+        results = evaluate(model, tokenizer, asked, questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - start
     if show:
         for name, rows in results.items():
@@ -115,7 +114,7 @@ def main() -> None:
                 mark = '✔' if answer == expected else '✘'
                 prompt = prompt if isinstance(prompt, str) else ' '.join(prompt)
                 print(f'{mark} [{name}] {prompt} {answer}' + ('' if answer == expected else f'  (应为：{expected})'))
-    for name, n in count(results, decline).items():
+    for name, n in count(results, asked['decline']).items():
         print(f'{SETS[name]}: {n["right"]}/{n["total"]}={n["right"] / n["total"]:.4f}'
               f' | another answer: {n["other"] / n["total"]:.4f}'
               f' | wrongly declined: {n["declined"] / n["total"]:.4f} | noise: {n["noise"] / n["total"]:.4f}')

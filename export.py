@@ -56,7 +56,7 @@ WORDS = {('ByteLevel',): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm', (QWEN2,): '
 def export_int8(path: str | Path, checkpoint: dict, target: Path) -> None:
     model = build_model(checkpoint, path)
     kept = {key: checkpoint[key] for key in ('iter_num', 'config', 'tokenizer', 'tokenizer_fingerprint',
-                                             'template', 'decline', 'start', 'eot') if key in checkpoint}
+                                             'template', 'decline', 'follow', 'start', 'eot') if key in checkpoint}
     float_bytes = 4 * model.num_params()
     kept |= {'model': to_int8(model).state_dict(), 'model_args': model.model_args(), 'quantized': 'int8'}
     write_atomically(target, lambda f: torch.save(kept, f))

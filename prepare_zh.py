@@ -8,7 +8,8 @@
 
 --input takes .jsonl with {"prompt", "completion"}, {"conversations": [{"role", "content"}, ...]}, {"instruction",
 "input", "output"} or {"text"} on each line, and plain .txt; of a folder with a train.jsonl and a val.jsonl, these two.
-Only answers, and the end-of-text token behind each, are trained on; of plain text, everything is.
+Only answers, and the end-of-text token behind each, are trained on; of plain text, everything is. A completion with
+{"partial": true} beside it is only the beginning of an answer: its end is not learned.
 """
 
 import random
@@ -36,8 +37,9 @@ vocab_size = 0              # ids of that BPE; 0 = 4096 for such a folder, as th
 single_han = True           # the BPE keeps every Chinese character by itself; false = it may join them to words
 val_fraction = 0.05         # the part of the inputs kept for validation
 encoding = 'auto'           # auto (UTF-8, or else GB18030), utf-8, gb18030, ...
-template = '用户:{prompt}\n助手:'     # what a question is put into, in training and in sampling
+template = '{prompt}\n'          # what a question is put into, in training and in sampling
 decline = '这个问题我还没有学过。'     # the answer instead of one that the model is not sure of; '' = none
+follow = '我知道的就是这些了，可以换个问题问我。'     # the data's answer to 还有呢？ by itself
 block_size = 160            # questions with answers that have more tokens than this are left out, and counted
 seed = 1337                 # of the order of the rows
 config = configure(globals(), negative=False, at_least={'block_size': 8})
@@ -143,6 +145,8 @@ def main():
     if with_masks:
         pairs = shuffled_rows(pairs, random.Random(seed))
     asked = {'template': template, 'decline': decline} if with_masks else {}
+    if any((follow, True) in piece.segments for piece in documents('looking for second questions')):
+        asked['follow'] = follow
     write_dataset(out, codec, pairs, ', '.join(p.name for p in named[:5]) or download,
                   f'{rule[0]}; val_fraction={val_fraction}', asked, with_masks, block_size)
 

@@ -9,7 +9,6 @@ Without a checkpoint named, the newest run under out/ is used.
 
 import functools
 import json
-import math
 import re
 import sys
 import time
@@ -49,7 +48,7 @@ temperature = -1.0          # below 1: safer; above 1: bolder; 0 = always the li
 top_k = -1                  # choose among so many likeliest tokens; 0 = all; -1 = the style's
 top_p = -1.0                # choose among the fewest tokens that have this probability together; -1 = the style's
 repetition_penalty = 1.0    # above 1, tokens that were there already become less likely
-sure = 0.5                  # for such questions: an answer with a token less likely than this is not given; 0 = any is
+sure = 0.2                  # for such questions: by how much likelier than declining an answer must be; 0 = at all
 seed = 1337                 # the same seed gives the same text
 # system
 device = 'auto'             # auto, cpu, cuda, mps
@@ -70,17 +69,17 @@ STYLES = {          # temperature, top_k, top_p
 
 @for_any_shape
 def generate_texts(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, template: str = '', system: str = '',
-                   decline: str = '', sure: float = 0.5, max_new_tokens: int = 200, temperature: float = 0.8,
+                   decline: str = '', sure: float = 0.2, max_new_tokens: int = 200, temperature: float = 0.8,
                    top_k: int = 50, top_p: float = 0.95, repetition_penalty: float = 1.0, stop: str = '',
                    seed: int = 1337, batch_size: int = 64, on_text: Callable | None = None,
                    should_stop: Callable | None = None) -> list[str]:
     """Continue each of `prompts`; returns as many strings, without the prompts.
 
     model, tokenizer: as load_for_use gives them. template, system: see encode_prompt(); what answers a '{prompt}' is
-    never empty and never begins with punctuation. decline: the answer instead of one with a token whose
-    probability is below `sure`; '' = none. stop: a string that ends a text, itself left out. on_text(i, text) is told
-    the text of prompt i after every token, as far as it cannot change any more. should_stop(): asked after every token
-    whether to leave it at that. The other options are those of GPT.stream.
+    never empty and never begins with punctuation. decline: the answer instead of one that is not by `sure` more
+    probable than it; '' = none. stop: a string that ends a text, itself left out. on_text(i, text) is told the text of
+    prompt i after every token, as far as it cannot change any more. should_stop(): asked after every token whether to
+    leave it at that. The other options are those of GPT.stream.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -120,32 +119,45 @@ def generate_texts(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, templa
                         on_text(rows[b], texts[rows[b]] if not new_ids[b] else _settled(text, stop))
             if not running or (should_stop and should_stop()):
                 break
-        unsure = doubtful(model, [encoded[i] for i in rows], new_ids, sure) if decline else [False] * len(rows)
+        doubted = [False] * len(rows)
+        if decline:     # what is learned is near 1; what is made up is shared out among the answers that it could be
+            questions, declining = [encoded[i] for i in rows], tokenizer.encode(decline) + [tokenizer.eot]
+            chances = zip(probabilities(model, questions, new_ids),
+                          probabilities(model, questions, [declining] * len(rows)), strict=True)
+            doubted = [given - declined < sure for given, declined in chances]
         for b, i in enumerate(rows):
             if new_ids[b]:
-                texts[i] = decline if unsure[b] else text_of(i, new_ids[b])
+                texts[i] = decline if doubted[b] else text_of(i, new_ids[b])
             while asked and len(texts[i]) > 1 and begins_badly(texts[i]):        # a mark spelt in several tokens
                 texts[i] = texts[i][1:]
     return texts
 
 
-def generate_answers(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, decline: str = '', **options) -> list[str]:
-    """generate_texts for questions, of which some are lists of turns: such a one is first asked by itself, and only if
-    it is declined, as it should be if it names nothing, behind the turns before it."""
-    answers = generate_texts([p if isinstance(p, str) else p[-1] for p in prompts], model, tokenizer, decline=decline,
-                             **options)
-    again = [i for i, p in enumerate(prompts) if answers[i] == decline and not isinstance(p, str) and len(p) > 1]
-    behind = generate_texts([prompts[i] for i in again], model, tokenizer, decline=decline, **options)
-    for i, answer in zip(again, behind, strict=True):
-        answers[i] = answer
+def manners(source: dict) -> dict[str, str]:
+    """How questions are asked of a model, by its checkpoint or its data's meta.json: {'template', 'decline', 'follow'}
+    for generate_answers(), '' where there is none."""
+    return {key: source.get(key, '') for key in ('template', 'decline', 'follow')}
+
+
+def generate_answers(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, decline: str = '', follow: str = '',
+                     **options) -> list[str]:
+    """generate_texts for questions, of which some are lists of turns. Such a one is first asked by itself, and only if
+    the answer is `follow`, as it is trained to be to a question that names nothing, behind the turns before it; what
+    is declined there is answered with `follow`. Without `follow`, `decline` takes its place."""
+    def ask(questions):
+        return generate_texts(questions, model, tokenizer, decline=decline, **options)
+
+    follow = follow or decline
+    answers = ask([p if isinstance(p, str) else p[-1] for p in prompts])
+    again = [i for i, p in enumerate(prompts) if answers[i] == follow and not isinstance(p, str) and len(p) > 1]
+    for i, answer in zip(again, ask([prompts[i] for i in again]), strict=True):
+        answers[i] = follow if answer == decline else answer
     return answers
 
 
 @torch.no_grad()
-def doubtful(model: GPT, prompts: list[list[int]], answers: list[list[int]], sure: float) -> list[bool]:
-    """For each answer, a list of token ids behind its prompt, whether one of its tokens has a probability below `sure`.
-    What a model has learned by heart it says with every token at 0.9 and more; what it makes up begins like one answer
-    and ends like another, and at the seam there are many ways on."""
+def probabilities(model: GPT, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+    """The probability of each answer, a list of token ids behind its prompt: the product of its tokens'."""
     rows = [(prompt + answer)[-model.config.block_size - 1:] for prompt, answer in zip(prompts, answers, strict=True)]
     idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     targets = torch.full_like(idx, -100)
@@ -154,7 +166,7 @@ def doubtful(model: GPT, prompts: list[list[int]], answers: list[list[int]], sur
         targets[row, len(ids) - len(answer):len(ids)] = torch.tensor(answer)
     device = next(model.parameters()).device
     losses = model(idx[:, :-1].to(device), targets[:, 1:].to(device), reduction='none')[1]       # (B, T)
-    return (losses.amax(dim=1) > -math.log(sure)).tolist()
+    return losses.sum(dim=1).neg().exp().tolist()
 
 
 def encode_prompt(prompt: str | list[str], tokenizer: AnyTokenizer, template: str = '', system: str = '') -> list[int]:
@@ -290,8 +302,8 @@ def main():
     chosen_device = pick_device(device)
     model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, chosen_device,
                                                              pick_dtype(dtype, chosen_device))
-    template = '' if raw else checkpoint.get('template', '')
-    decline = checkpoint.get('decline', '') if sure and not raw else ''
+    template, decline, follow = manners({} if raw else checkpoint).values()
+    decline = decline if sure else ''
     print(description, file=sys.stderr)
 
     def answer(prompts, before=()):
@@ -313,7 +325,7 @@ def main():
         start = time.perf_counter()
         asked = [[*before, in_room(p)] for p in each] if template else each
         if decline:
-            texts = generate_answers(asked, model, tokenizer, **options)
+            texts = generate_answers(asked, model, tokenizer, follow=follow, **options)
         else:
             texts = generate_texts(asked, model, tokenizer, on_text=show if streaming else None, **options)
         seconds = max(time.perf_counter() - start, 1e-9)
@@ -362,10 +374,10 @@ def main():
             except UserError as e:
                 print(e, file=sys.stderr)
                 continue
-            if decline:             # such a model was trained on one question before, no more
-                before = results[-1] if results[-1][1] != decline else []
-            elif template:
+            if template and not decline:
                 before = [*before, *results[-1]]
+            elif decline and results[-1][1] != follow:      # such a model knows one question before, no more
+                before = results[-1] if results[-1][1] != decline else []
     else:
         results = answer(prompts)
     if output_file:

@@ -29,7 +29,7 @@ from files import claim
 from metrics import MetricsLog, TimeToFinish
 from model import PRESETS
 from plot import draw_run
-from sample import generate_texts
+from sample import generate_texts, manners
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -120,7 +120,7 @@ say(f'=> calculated gradient accumulation steps: {grad_accum_steps}')
 folder = find_dataset(dataset)
 tokenizer = dataset_tokenizer(folder)
 meta = read_meta(folder)
-template, decline = meta.get('template', ''), meta.get('decline', '')   # of questions, and conversations
+asked = manners(meta)                           # how questions are put, and what is said to those it does not know
 layout = dict(batch_size=batch_size, grad_accum_steps=grad_accum_steps, rank=rank, world_size=world_size, seed=seed)
 train_data = TokenDataset(folder, 'train', block_size, tokenizer.vocab_size, **layout)
 val_data = TokenDataset(folder, 'val', block_size, tokenizer.vocab_size, **layout)
@@ -161,7 +161,7 @@ token_bytes = torch.tensor(tokenizer.token_bytes())
 if sample_interval:
     tokenizer.encode(sample_prompt)             # a character that it does not have is better found now than later
 if zh_eval_interval:
-    if not template:
+    if not asked['template']:
         raise UserError(f'zh_eval_interval needs a data set of questions and answers, which {dataset!r} is not')
     zh_questions = eval_zh.load_questions()['heldout']
 if hellaswag_interval:
@@ -243,7 +243,7 @@ def save(step, *names):
             'model': own_copy(raw_model.state_dict()), 'optimizer': optimizer_states,
             'scaler': scaler.state_dict(), 'model_args': raw_model.model_args(), 'iter_num': step,
             'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.state(),
-            'tokenizer_fingerprint': tokenizer.fingerprint, 'template': template, 'decline': decline,
+            'tokenizer_fingerprint': tokenizer.fingerprint, **asked,
             'best_step': best_step, 'elapsed_s': elapsed(), 'finished': FINAL in names,
         }, [*names, LATEST])                    # the latest last: what it says is the best is there by then
 
@@ -313,7 +313,7 @@ for step in range(start.step, max_steps + 1):
             say(f'HellaSwag accuracy: {right}/{total}={right / total:.4f}')
             log_metrics(step, hellaswag=right / total)
         if due(zh_eval_interval):
-            right, total = accuracy(eval_zh, tokenizer, template, decline, zh_questions)
+            right, total = accuracy(eval_zh, tokenizer, asked, zh_questions)
             say(f'held-out questions: {right}/{total}={right / total:.4f} | elapsed: {elapsed():.1f}s')
             log_metrics(step, zh_heldout=right / total)
         if due(sample_interval):

@@ -20,7 +20,7 @@ from checkpoint import build_model, load_checkpoint, tokenizer_of
 from dataset import TokenDataset, dataset_tokenizer, read_meta
 from eval_zh import SETS, as_question, count, evaluate, load_questions
 from model import GPT, GPTConfig
-from sample import begins_badly, conversation, generate_texts, normalize_question, not_first
+from sample import begins_badly, conversation, generate_texts, manners, normalize_question, not_first
 from scripts import ROOT, run
 from tokenizer import train_bpe
 
@@ -81,10 +81,11 @@ def made(place, *args, out='made'):
 def test_every_line_is_a_question_and_an_answer():
     for name in FILES:
         for row in rows(name):
-            assert row.keys() == {'prompt', 'completion'}
+            assert row.keys() - {'partial'} == {'prompt', 'completion'} and ('partial' not in row or name == 'train')
             texts = [*([row['prompt']] if isinstance(row['prompt'], str) else row['prompt']), row['completion']]
             assert all(isinstance(v, str) and v == v.strip() and v and '\n' not in v for v in texts), row
-            assert row['completion'][-1] in '。！？' and not begins_badly(row['completion'])
+            assert row['completion'][-1] in '。！？' or 'partial' in row
+            assert not begins_badly(row['completion'])
             assert len(row['completion']) <= 60
 
 
@@ -100,13 +101,17 @@ def test_there_are_1500_facts_each_asked_in_many_ways_and_no_two_share_an_answer
     ways = {name: {} for name in FILES}
     for name in FILES:
         for row in rows(name):
-            ways[name].setdefault(row['completion'], set()).add(asked(row))
+            if 'partial' not in row:
+                ways[name].setdefault(row['completion'], set()).add(asked(row))
     for answer in answers:
         assert len(ways['train'][answer]) >= 4
         assert len(ways['val'][answer]) == len(ways['heldout'][answer]) == 1
     talk = {answer for _, (_, which, answer) in build.table(DATA / 'smalltalk.tsv', 3) if which == 'answer'}
     more = {fact.more for fact in facts} | {build.NO_MORE}
-    assert set(ways['train']) <= {*answers, *talk, *more, UNKNOWN}
+    learned = {*answers, *talk, *more, UNKNOWN}
+    assert set(ways['train']) <= learned
+    beginnings = {text[:n] for text in learned if text for n in range(4, len(text))}
+    assert {row['completion'] for row in rows('train') if 'partial' in row} <= beginnings
     assert len(ways['heldout_forms']) >= 600 and set(ways['heldout_forms']) <= answers
 
 
@@ -145,9 +150,14 @@ def test_unseen_forms_are_in_no_question_of_training():
 
     for row in rows('heldout_forms'):
         assert row['prompt'] in ways(known[row['completion']]), row
+    begins = {}
+    for answer, fact in known.items():
+        for n in range(4, len(answer) + 1):
+            begins.setdefault(answer[:n], []).append(fact)
+    ways_of = {answer: [way.rstrip('。？') for way in ways(fact)] for answer, fact in known.items()}
     for row in rows('train'):
-        if row['completion'] in known and isinstance(row['prompt'], str):
-            assert not any(way.rstrip('。？') in row['prompt'] for way in ways(known[row['completion']])), row
+        for fact in begins.get(row['completion'], []) if isinstance(row['prompt'], str) else []:
+            assert not any(way in row['prompt'] for way in ways_of[fact.answer]), row
 
 
 def test_the_files_that_ship_are_what_build_py_makes_of_the_facts():
@@ -176,7 +186,7 @@ def test_a_mistake_in_the_facts_is_named_with_file_and_line(tmp_path, file, line
 # prepare_zh.py
 
 def trained_texts(folder, split='train', block_size=128):
-    """What an epoch trains on, decoded: the answers, each with the end-of-text behind it."""
+    """What an epoch trains on, decoded: the answers, each with the end-of-text behind it, or '...' for its lack."""
     tokenizer = dataset_tokenizer(folder)
     data = TokenDataset(folder, split, block_size, tokenizer.vocab_size, batch_size=1)
     texts = []
@@ -184,8 +194,8 @@ def trained_texts(folder, split='train', block_size=128):
         x, y = data.batch(step)
         ids = []
         for target in y[0].tolist():
-            if target == tokenizer.eot:
-                texts.append(tokenizer.decode(ids))
+            if target == tokenizer.eot or target < 0 and ids:
+                texts.append(tokenizer.decode(ids) + ('...' if target < 0 else ''))
                 ids = []
             elif target >= 0:
                 ids.append(target)
@@ -199,9 +209,9 @@ def test_exactly_the_answers_and_their_ends_are_trained_on(tmp_path):
     assert f'{len(rows("train")) + talks:,} questions with answers' in out
     first = [row['prompt'][1] for row in rows('train') if not isinstance(row['prompt'], str)]      # of conversations
     assert sorted(trained_texts(tmp_path / 'made', block_size=160)) == sorted(
-        [*first, *(row['completion'] for row in rows('train'))])
+        [*first, *(row['completion'] + '...' * ('partial' in row) for row in rows('train'))])
     assert sorted(trained_texts(tmp_path / 'made', 'val')) == sorted(row['completion'] for row in rows('val'))
-    assert read_meta(tmp_path / 'made')['template'] == '用户:{prompt}\n助手:'
+    assert read_meta(tmp_path / 'made')['template'] == '{prompt}\n'
     # the same bytes again
     made(tmp_path, out='again')
     for path in (tmp_path / 'made').iterdir():
@@ -230,8 +240,8 @@ def test_every_form_of_record_is_read_in_every_encoding(tmp_path, encoding):
     tokens = np.fromfile(folder / 'train_000000.bin', dtype='<u2', offset=1024).tolist()
     documents = tokenizer.decode([i if i != tokenizer.eot else tokenizer.encode('|')[0] for i in tokens]).split('|')
     # a turn stands behind those before it
-    assert '用户:简短。\n你好\n助手:你好！\n用户:一加一？\n助手:二。' in documents
-    assert '用户:翻译\ncat\n助手:猫。' in documents
+    assert '简短。\n你好\n你好！\n一加一？\n二。' in documents
+    assert '翻译\ncat\n猫。' in documents
 
 
 def test_poems_with_traditional_and_rare_characters_round_trip(tmp_path):
@@ -378,19 +388,26 @@ def test_a_second_question_stands_behind_the_first_and_its_answer():
         '用户:什么是猫？\n助手:一种动物。\n用户:还有呢？\n助手:')
 
 
-def test_an_answer_with_an_unlikely_token_is_declined():
-    bpe = train_bpe(['你好，世界。用户:助手:' * 50], 300)
+def test_an_answer_not_likelier_than_the_declining_one_is_declined():
+    bpe = train_bpe(['你好，世界。用户:助手:不知道' * 50], 300)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=bpe.vocab_size, n_layer=1, n_head=2, n_embd=16)).eval()
-    options = dict(template='{prompt}', temperature=0, max_new_tokens=5)
+    options = dict(template='{prompt}', temperature=0, max_new_tokens=2)
     [text] = generate_texts(['你好'], model, bpe, **options)
-    # what a plain loop says of each token of the greedy answer
-    ids, least = bpe.encode('你好'), 1.0
-    for token in model.generate(torch.tensor([ids]), 5, temperature=0)[0, len(ids):].tolist():
-        least = min(least, model(torch.tensor([ids]))[0][0, -1].softmax(-1)[token].item())
-        ids.append(token)
-    assert 0 < least < 1
-    for sure, expected in ((least * 0.99, text), (least * 1.01, '不知道。')):
+
+    def chance(answer):             # by a plain loop, a token at a time
+        ids, product = bpe.start + bpe.encode('你好'), 1.0
+        for token in answer:
+            product *= model(torch.tensor([ids]))[0][0, -1].softmax(-1)[token].item()
+            ids.append(token)
+        return product
+
+    ids = bpe.start + bpe.encode('你好')
+    answer = model.generate(torch.tensor([ids]), 2, temperature=0, n_vocab=bpe.vocab_size)[0, len(ids):].tolist()
+    assert bpe.decode(answer) == text
+    margin = chance(answer) - chance(bpe.encode('不知道。') + [bpe.eot])
+    assert 0 < margin < chance(answer) < 1
+    for sure, expected in ((margin * 0.999, text), (margin * 1.001, '不知道。')):
         assert generate_texts(['你好'], model, bpe, decline='不知道。', sure=sure, **options) == [expected]
 
 
@@ -399,8 +416,9 @@ def test_the_work_of_evaluating_is_divided_without_loss(tmp_path):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=bpe.vocab_size, n_layer=1, n_head=2, n_embd=16)).eval()
     questions = {'heldout': rows('heldout')[:9], 'heldout_unknown': rows('heldout_unknown')[:4]}
-    whole = evaluate(model, bpe, '{prompt}', '', questions, max_new_tokens=4)
-    halves = [evaluate(model, bpe, '{prompt}', '', questions, rank=r, world_size=2, max_new_tokens=4) for r in (0, 1)]
+    whole = evaluate(model, bpe, {'template': '{prompt}'}, questions, max_new_tokens=4)
+    halves = [evaluate(model, bpe, {'template': '{prompt}'}, questions, rank=r, world_size=2,
+                       max_new_tokens=4) for r in (0, 1)]
     for name in questions:
         assert sorted(whole[name]) == sorted(halves[0][name] + halves[1][name])
 
@@ -421,7 +439,7 @@ def test_the_recipe_answers_questions_it_has_never_seen(tmp_path):
     assert done.returncode == 0 and 'total time: ' in done.stdout, done.stderr
     checkpoint = load_checkpoint(tmp_path / 'out/zh/final_checkpoint.pt')
     model, tokenizer = build_model(checkpoint), tokenizer_of(checkpoint)
-    n = count(evaluate(model, tokenizer, checkpoint['template'], checkpoint['decline'], load_questions(small)), UNKNOWN)
+    n = count(evaluate(model, tokenizer, manners(checkpoint), load_questions(small)), UNKNOWN)
     share = {name: n[name]['right'] / n[name]['total'] for name in n}
     print(n)
     assert share['heldout'] >= 0.85 and share['heldout_forms'] >= 0.6 and share['heldout_unknown'] >= 0.6, n

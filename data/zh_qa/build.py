@@ -14,6 +14,7 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -95,6 +96,7 @@ class Writer:
 
     def __init__(self, rng):
         self.rng, self.files, self.taken = rng, {name: [] for name in FILES}, set()
+        self.told = Counter()                               # how many rows have an answer
         self.forms = {}                                     # {(kind, seen or unseen): [form]}
         for _, (kind, which, form) in table(HERE / 'forms.tsv', 3):
             self.forms.setdefault((kind, which), []).append(form)
@@ -119,19 +121,31 @@ class Writer:
             row = {'conversations': [{'role': role, 'content': text} for role, text in talk]}
         self.files[name].append(row)
 
+    def partial(self, row):
+        """Most rows teach how an answer begins, no more: there it is decided which one it is, and the rest, which is
+        soon known by heart, would take time from other questions."""
+        answer = row.get('completion', '')
+        n = max(4, len(answer) // 3)
+        while re.match('[ -~]{2}', answer[n - 1:n + 1]):        # not within a word of Latin letters, or a number
+            n += 1
+        self.told[answer] += 1
+        return row | {'completion': answer[:n], 'partial': True} if self.told[answer] % 5 > 1 and answer[n:] else row
+
     def write(self, folder):
         self.rng.shuffle(self.files['train'])
         for name, rows in self.files.items():
             if rows:
+                unknown = sum(UNKNOWN in row.values() for row in rows)
+                rows = [self.partial(row) for row in rows] if name == 'train' else rows
                 text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
                 unfinished = folder / f'{name}.jsonl.{os.getpid()}'
                 unfinished.write_text(text, encoding='utf-8', newline='\n')
                 unfinished.replace(folder / f'{name}.jsonl')
-                print(f'{name}.jsonl: {len(rows):,} questions, {sum(UNKNOWN in row.values() for row in rows):,} unknown')
+                print(f'{name}.jsonl: {len(rows):,} questions, {unknown:,} unknown')
 
     def draw(self, kind, n, which='seen'):
         """n different forms; the first ones of the list come more often, as in life."""
-        keyed = sorted((self.rng.random() ** ((1 + i) ** 0.35), form)
+        keyed = sorted((self.rng.random() ** ((1 + i) ** 0.8), form)
                        for i, form in enumerate(self.forms[kind, which]))
         drawn = [form for _, form in keyed[-n:]]
         self.rng.shuffle(drawn)
@@ -246,12 +260,14 @@ def ask_facts(writer, facts, known):
         drawn = [writer.dressed(form) for form in drawn]
         unseen = [fill(form, fact.kind, parts).rstrip('。？') for form in forms[fact.kind, 'unseen']
                   for parts in itertools.product(*fact.names)]
-        questions = [fill(form, fact.kind, fact.call(rng)) for form in
-                     drawn + [make(fact.kind) for make in (writer.loose, writer.babbled) for _ in range(2)]]
-        for _ in range(4):
-            parts = writer.slipped(fact)
-            if parts and parts != held and (fact.kind, *parts[:2]) not in known:
-                questions.append(fill(writer.dressed(writer.draw(fact.kind, 1)[0]), fact.kind, parts))
+        drawn += [make(fact.kind) for make in (writer.loose, writer.babbled) for _ in range(2)]
+        drawn += [writer.dressed(writer.draw(fact.kind, 1)[0]) for _ in range(6)]
+        questions = []
+        for i, form in enumerate(drawn):            # the last ones, and some others, with a slip of the pen
+            parts = writer.slipped(fact) if i >= len(drawn) - 6 or rng.random() < 0.25 else None
+            if not parts or parts == held or (fact.kind, *parts[:2]) in known:
+                parts = fact.call(rng)
+            questions.append(fill(form, fact.kind, parts))
         if rng.random() < 0.4:
             question = fill(rng.choice(forms[fact.kind, 'seen'][:8]), fact.kind, fact.call(rng))
             questions.append(writer.one('long').replace('{q}', question))
@@ -272,8 +288,8 @@ def small_talk(writer):
     for _, (intent, which, text) in talk:
         if which == 'seen':
             end = writer.rng.choice(['', '。', '？', '！', '~', '啊', '呀'])
-            for question in (text, text.rstrip('。？！') + end, writer.mistyped(text)):
-                writer.add('train', question, answers[intent])
+            typed = writer.mistyped(text.rstrip('。？！') + end) if writer.rng.random() < 0.35 else text
+            writer.add('train', typed, answers[intent])
 
 
 def second_turns(writer, facts):
@@ -285,22 +301,22 @@ def second_turns(writer, facts):
         return fill(writer.dressed(writer.draw(fact.kind, 1)[0]), fact.kind, fact.call(rng))
 
     for fact in facts:
-        follows = [('more', fact.more or NO_MORE)] if fact.more or rng.random() < 0.5 else []
+        follows = [('more', fact.more or NO_MORE)] if fact.more or rng.random() < 0.25 else []
         for kind in ('use', 'why', 'how'):
             other = whole.get((kind, fact.names[0][0])) if fact.kind == 'define' else None
-            if other or rng.random() < 0.15:
+            if other or rng.random() < 0.08:
                 follows.append((kind, other.answer if other else NO_MORE))
         for kind, answer in follows:
-            for _ in range(3):
+            for _ in range(2 if answer == NO_MORE else 9 if kind == 'more' else 4):
                 writer.add('train', rng.choice(forms['then ' + kind, 'seen']), answer, (asked(fact), fact.answer))
-            if rng.random() < 0.2:
+            if rng.random() < 0.35:
                 form = rng.choice(forms['then ' + kind, 'unseen'])
                 writer.add('heldout_turns', form, answer, (asked(fact), fact.answer))
-    # by itself such a question is declined; then sample.py asks it again, behind what was said before
+    # by itself such a question gets an answer of its own; then sample.py asks it again, behind what was said before
     for kind in ('use', 'more', 'why', 'how'):
         for form in forms['then ' + kind, 'seen']:
             for question in (form, form.rstrip('。？'), writer.mistyped(form)):
-                writer.add('train', question, UNKNOWN)
+                writer.add('train', question, NO_MORE)
 
 
 def ask_unknown(writer, facts, known):
@@ -316,12 +332,12 @@ def ask_unknown(writer, facts, known):
         name = 'heldout_unknown' if i < 220 else 'val' if i < 280 else 'train'
         drawn = writer.draw(kind, 1)
         if name == 'train':
-            drawn = [writer.dressed(drawn[0]), writer.loose(kind), writer.babbled(kind)]
+            drawn = [writer.dressed(drawn[0]), rng.choice([writer.loose, writer.babbled])(kind)]
             if rng.random() < 0.15:
                 drawn.append(writer.one('long').replace('{q}', writer.draw(kind, 1)[0]))
         for form in drawn:
             add(name, fill(form, kind, parts), UNKNOWN)
-    for i, (kind, parts) in enumerate(near_misses(writer, facts, 2200)):
+    for i, (kind, parts) in enumerate(near_misses(writer, facts, 600)):
         if i < 200:
             add('heldout_near', fill(rng.choice(writer.forms[kind, 'seen'][:8]), kind, parts), UNKNOWN)
         else:
@@ -333,7 +349,7 @@ def ask_unknown(writer, facts, known):
     free = (HERE / 'unknown_questions.txt').read_text(encoding='utf-8').splitlines()
     rng.shuffle(free)
     for i, question in enumerate(free):
-        add('heldout_unknown' if i < 40 else 'val' if i < 60 else 'train', question, UNKNOWN)
+        add('heldout_unknown' if i < 60 else 'val' if i < 80 else 'train', question, UNKNOWN)
 
 
 def noise(writer):
