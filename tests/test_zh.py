@@ -20,7 +20,9 @@ from checkpoint import build_model, load_checkpoint, tokenizer_of
 from dataset import TokenDataset, dataset_tokenizer, read_meta
 from eval_zh import SETS, as_question, count, evaluate, load_questions
 from model import GPT, GPTConfig
-from sample import begins_badly, conversation, generate_texts, manners, normalize_question, not_first
+import sample
+from sample import (begins_badly, conversation, generate_answers, generate_texts, manners, normalize_question,
+                    not_first)
 from scripts import ROOT, run
 from tokenizer import train_bpe
 
@@ -409,6 +411,18 @@ def test_an_answer_not_likelier_than_the_declining_one_is_declined():
     assert 0 < margin < chance(answer) < 1
     for sure, expected in ((margin * 0.999, text), (margin * 1.001, '不知道。')):
         assert generate_texts(['你好'], model, bpe, decline='不知道。', sure=sure, **options) == [expected]
+
+
+def test_what_names_nothing_is_asked_again_behind_what_was_said(monkeypatch):
+    said = {'还有呢？': '没有了。', '热干面？': '不知道。', ('天空？', '蓝色。', '还有呢？'): '傍晚是红色。',
+            ('海？', '咸的。', '还有呢？'): '不知道。', ('天空？', '蓝色。', '热干面？'): '蓝色。'}
+    monkeypatch.setattr(sample, 'generate_texts', lambda prompts, *_, **__: [
+        said[p if isinstance(p, str) else tuple(p)] for p in prompts])
+    asked = ['还有呢？', ['天空？', '蓝色。', '还有呢？'], ['海？', '咸的。', '还有呢？'], ['天空？', '蓝色。', '热干面？']]
+    answers = generate_answers(asked, None, None, decline='不知道。', follow='没有了。')
+    assert answers == ['没有了。', '傍晚是红色。', '没有了。', '不知道。']
+    said['还有呢？'] = '不知道。'               # a model that has not learned to tell the one from the other
+    assert generate_answers(asked, None, None, decline='不知道。') == ['不知道。', '傍晚是红色。', '不知道。', '蓝色。']
 
 
 def test_the_work_of_evaluating_is_divided_without_loss(tmp_path):

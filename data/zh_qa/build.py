@@ -129,7 +129,7 @@ class Writer:
         while re.match('[ -~]{2}', answer[n - 1:n + 1]):        # not within a word of Latin letters, or a number
             n += 1
         self.told[answer] += 1
-        return row | {'completion': answer[:n], 'partial': True} if self.told[answer] % 5 > 1 and answer[n:] else row
+        return row | {'completion': answer[:n], 'partial': True} if self.told[answer] % 5 > 2 and answer[n:] else row
 
     def write(self, folder):
         self.rng.shuffle(self.files['train'])
