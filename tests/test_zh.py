@@ -418,7 +418,8 @@ def test_what_names_nothing_is_asked_again_behind_what_was_said(monkeypatch):
             ('海？', '咸的。', '还有呢？'): '不知道。', ('天空？', '蓝色。', '热干面？'): '蓝色。'}
     monkeypatch.setattr(sample, 'generate_texts', lambda prompts, *_, **__: [
         said[p if isinstance(p, str) else tuple(p)] for p in prompts])
-    asked = ['还有呢？', ['天空？', '蓝色。', '还有呢？'], ['海？', '咸的。', '还有呢？'], ['天空？', '蓝色。', '热干面？']]
+    sky = ['天空？', '蓝色。']
+    asked = ['还有呢？', [*sky, '还有呢？'], ['海？', '咸的。', '还有呢？'], [*sky, '热干面？']]
     answers = generate_answers(asked, None, None, decline='不知道。', follow='没有了。')
     assert answers == ['没有了。', '傍晚是红色。', '没有了。', '不知道。']
     said['还有呢？'] = '不知道。'               # a model that has not learned to tell the one from the other
