@@ -216,8 +216,7 @@ def _documents_of(record, template):
         yield True, [(template.replace('{prompt}', prompt), False), (words(record['output']), True)]
     else:
         prompt, completion = words(record['prompt']), words(record['completion'])
-        end = [('', False)] if record.get('partial') else []        # what is not the whole answer has no end to learn
-        yield True, [(template.replace('{prompt}', prompt), False), (completion, True), *end]
+        yield True, [(template.replace('{prompt}', prompt), False), (completion, True)]
 
 
 def _read_parquet(path, raw, *_):
@@ -349,7 +348,7 @@ def write_dataset(folder: str | Path, codec: AnyTokenizer, pieces: Iterable[tupl
                 write(name, [codec.eot], [behind_trained[name]])
             write(name, ids, mask)
             answers[name] += len(piece.segments) > 1
-            behind_trained[name] = piece.segments[-1][1]
+            behind_trained[name] = mask[-1] if mask else False
         waiting.clear()
 
     for pair in pieces:

@@ -8,8 +8,7 @@
 
 --input takes .jsonl with {"prompt", "completion"}, {"conversations": [{"role", "content"}, ...]}, {"instruction",
 "input", "output"} or {"text"} on each line, and plain .txt; of a folder with a train.jsonl and a val.jsonl, these two.
-Only answers, and the end-of-text token behind each, are trained on; of plain text, everything is. A completion with
-{"partial": true} beside it is only the beginning of an answer: its end is not learned.
+Only answers, and the end-of-text token behind each, are trained on; of plain text, everything is.
 """
 
 import random
@@ -39,7 +38,7 @@ val_fraction = 0.05         # the part of the inputs kept for validation
 encoding = 'auto'           # auto (UTF-8, or else GB18030), utf-8, gb18030, ...
 template = '{prompt}\n'          # what a question is put into, in training and in sampling
 decline = '这个问题我还没有学过。'     # the answer instead of one that the model is not sure of; '' = none
-follow = '我知道的就是这些了，可以换个问题问我。'     # the data's answer to 还有呢？ by itself
+follow = '你说的是什么呢？请把它的名字也说出来。'     # the data's answer to 还有呢？ by itself
 block_size = 160            # questions with answers that have more tokens than this are left out, and counted
 seed = 1337                 # of the order of the rows
 config = configure(globals(), negative=False, at_least={'block_size': 8})

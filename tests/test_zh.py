@@ -83,11 +83,10 @@ def made(place, *args, out='made'):
 def test_every_line_is_a_question_and_an_answer():
     for name in FILES:
         for row in rows(name):
-            assert row.keys() - {'partial'} == {'prompt', 'completion'} and ('partial' not in row or name == 'train')
+            assert row.keys() == {'prompt', 'completion'}
             texts = [*([row['prompt']] if isinstance(row['prompt'], str) else row['prompt']), row['completion']]
             assert all(isinstance(v, str) and v == v.strip() and v and '\n' not in v for v in texts), row
-            assert row['completion'][-1] in '。！？' or 'partial' in row
-            assert not begins_badly(row['completion'])
+            assert row['completion'][-1] in '。！？' and not begins_badly(row['completion'])
             assert len(row['completion']) <= 60
 
 
@@ -103,17 +102,13 @@ def test_there_are_1500_facts_each_asked_in_many_ways_and_no_two_share_an_answer
     ways = {name: {} for name in FILES}
     for name in FILES:
         for row in rows(name):
-            if 'partial' not in row:
-                ways[name].setdefault(row['completion'], set()).add(asked(row))
+            ways[name].setdefault(row['completion'], set()).add(asked(row))
     for answer in answers:
         assert len(ways['train'][answer]) >= 4
         assert len(ways['val'][answer]) == len(ways['heldout'][answer]) == 1
     talk = {answer for _, (_, which, answer) in build.table(DATA / 'smalltalk.tsv', 3) if which == 'answer'}
     more = {fact.more for fact in facts} | {build.NO_MORE}
-    learned = {*answers, *talk, *more, UNKNOWN}
-    assert set(ways['train']) <= learned
-    beginnings = {text[:n] for text in learned if text for n in range(4, len(text))}
-    assert {row['completion'] for row in rows('train') if 'partial' in row} <= beginnings
+    assert set(ways['train']) <= {*answers, *talk, *more, UNKNOWN, build.FOLLOW}
     assert len(ways['heldout_forms']) >= 600 and set(ways['heldout_forms']) <= answers
 
 
@@ -152,14 +147,9 @@ def test_unseen_forms_are_in_no_question_of_training():
 
     for row in rows('heldout_forms'):
         assert row['prompt'] in ways(known[row['completion']]), row
-    begins = {}
-    for answer, fact in known.items():
-        for n in range(4, len(answer) + 1):
-            begins.setdefault(answer[:n], []).append(fact)
-    ways_of = {answer: [way.rstrip('。？') for way in ways(fact)] for answer, fact in known.items()}
     for row in rows('train'):
-        for fact in begins.get(row['completion'], []) if isinstance(row['prompt'], str) else []:
-            assert not any(way in row['prompt'] for way in ways_of[fact.answer]), row
+        if row['completion'] in known and isinstance(row['prompt'], str):
+            assert not any(way.rstrip('。？') in row['prompt'] for way in ways(known[row['completion']])), row
 
 
 def test_the_files_that_ship_are_what_build_py_makes_of_the_facts():
@@ -188,7 +178,7 @@ def test_a_mistake_in_the_facts_is_named_with_file_and_line(tmp_path, file, line
 # prepare_zh.py
 
 def trained_texts(folder, split='train', block_size=128):
-    """What an epoch trains on, decoded: the answers, each with the end-of-text behind it, or '...' for its lack."""
+    """What an epoch trains on, decoded: the answers, each with the end-of-text behind it."""
     tokenizer = dataset_tokenizer(folder)
     data = TokenDataset(folder, split, block_size, tokenizer.vocab_size, batch_size=1)
     texts = []
@@ -196,8 +186,8 @@ def trained_texts(folder, split='train', block_size=128):
         x, y = data.batch(step)
         ids = []
         for target in y[0].tolist():
-            if target == tokenizer.eot or target < 0 and ids:
-                texts.append(tokenizer.decode(ids) + ('...' if target < 0 else ''))
+            if target == tokenizer.eot:
+                texts.append(tokenizer.decode(ids))
                 ids = []
             elif target >= 0:
                 ids.append(target)
@@ -211,7 +201,7 @@ def test_exactly_the_answers_and_their_ends_are_trained_on(tmp_path):
     assert f'{len(rows("train")) + talks:,} questions with answers' in out
     first = [row['prompt'][1] for row in rows('train') if not isinstance(row['prompt'], str)]      # of conversations
     assert sorted(trained_texts(tmp_path / 'made', block_size=160)) == sorted(
-        [*first, *(row['completion'] + '...' * ('partial' in row) for row in rows('train'))])
+        [*first, *(row['completion'] for row in rows('train'))])
     assert sorted(trained_texts(tmp_path / 'made', 'val')) == sorted(row['completion'] for row in rows('val'))
     assert read_meta(tmp_path / 'made')['template'] == '{prompt}\n'
     # the same bytes again

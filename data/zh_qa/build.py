@@ -14,7 +14,6 @@ import os
 import random
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +23,7 @@ FIELDS = {'define': 'x', 'diff': 'ab', 'why': 'sp', 'attr': 'saq', 'how': 'v', '
 FILES = ('train', 'val', 'heldout', 'heldout_forms', 'heldout_unknown', 'heldout_slips', 'heldout_talk',
          'heldout_turns', 'heldout_near')
 FIRST = {'注意力机制': '什么是{x}？', '蒸馏水|纯水': '解释{a}与{b}区别？'}      # everybody's first questions: held out
+FOLLOW = '你说的是什么呢？请把它的名字也说出来。'             # asked for more, with nothing said before
 NO_MORE = '我知道的就是这些了，可以换个问题问我。'            # asked for more, a use, a reason, that is no fact
 
 
@@ -96,7 +96,6 @@ class Writer:
 
     def __init__(self, rng):
         self.rng, self.files, self.taken = rng, {name: [] for name in FILES}, set()
-        self.told = Counter()                               # how many rows have an answer
         self.forms = {}                                     # {(kind, seen or unseen): [form]}
         for _, (kind, which, form) in table(HERE / 'forms.tsv', 3):
             self.forms.setdefault((kind, which), []).append(form)
@@ -121,27 +120,15 @@ class Writer:
             row = {'conversations': [{'role': role, 'content': text} for role, text in talk]}
         self.files[name].append(row)
 
-    def partial(self, row):
-        """Most rows teach how an answer begins, no more: there it is decided which one it is, and the rest, which is
-        soon known by heart, would take time from other questions."""
-        answer = row.get('completion', '')
-        n = max(4, len(answer) // 3)
-        while re.match('[ -~]{2}', answer[n - 1:n + 1]):        # not within a word of Latin letters, or a number
-            n += 1
-        self.told[answer] += 1
-        return row | {'completion': answer[:n], 'partial': True} if self.told[answer] % 5 > 2 and answer[n:] else row
-
     def write(self, folder):
         self.rng.shuffle(self.files['train'])
         for name, rows in self.files.items():
             if rows:
-                unknown = sum(UNKNOWN in row.values() for row in rows)
-                rows = [self.partial(row) for row in rows] if name == 'train' else rows
                 text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
                 unfinished = folder / f'{name}.jsonl.{os.getpid()}'
                 unfinished.write_text(text, encoding='utf-8', newline='\n')
                 unfinished.replace(folder / f'{name}.jsonl')
-                print(f'{name}.jsonl: {len(rows):,} questions, {unknown:,} unknown')
+                print(f'{name}.jsonl: {len(rows):,} questions, {sum(UNKNOWN in row.values() for row in rows):,} unknown')
 
     def draw(self, kind, n, which='seen'):
         """n different forms; the first ones of the list come more often, as in life."""
@@ -316,7 +303,7 @@ def second_turns(writer, facts):
     for kind in ('use', 'more', 'why', 'how'):
         for form in forms['then ' + kind, 'seen']:
             for question in (form, form.rstrip('。？'), writer.mistyped(form)):
-                writer.add('train', question, NO_MORE)
+                writer.add('train', question, FOLLOW)
 
 
 def ask_unknown(writer, facts, known):
