@@ -145,7 +145,7 @@ def install_dataset(folder: str | Path, tokenizer: AnyTokenizer, shards: dict[st
 
 def meta_text(tokenizer: AnyTokenizer, shards: dict[str, list[dict]], source: str, split: str,
               asked: dict[str, str] | tuple = ()) -> str:
-    """The content of meta.json. asked: of questions, {'template', 'decline'}, as prepare_zh.py has them."""
+    """The content of meta.json. asked: of questions, {'template', 'decline', 'follow'}, as prepare_zh.py has them."""
     meta = {'format': 1, 'tokenizer': tokenizer.kind, 'fingerprint': tokenizer.fingerprint,
             'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, **dict(asked or {'template': ''}),
             'source': source, 'split': split, 'shards': shards}
@@ -197,7 +197,7 @@ def read_meta(folder: str | Path) -> dict:
         if any(Path(shard['file']).name != shard['file'] for shards in meta['shards'].values() for shard in shards):
             raise ValueError('it names files outside its folder')
         kept = {key: meta[key] for key in ('tokenizer', 'fingerprint', 'vocab_size', 'template', 'shards')}
-        return {**kept, 'decline': meta.get('decline', '')}
+        return {**kept, **{key: meta.get(key, '') for key in ('decline', 'follow')}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}); prepare the data again') from None
 

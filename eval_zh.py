@@ -83,14 +83,16 @@ def count_right(model: GPT, tokenizer: AnyTokenizer, asked: dict[str, str], ques
     return sum(answer == expected for _, expected, answer in rows), len(rows)
 
 
-def count(results: dict[str, list[tuple]], decline: str) -> dict[str, dict[str, int]]:
+def count(results: dict[str, list[tuple]], asked: dict[str, str]) -> dict[str, dict[str, int]]:
     """{set: {'right', 'other', 'declined', 'noise', 'total'}}: an answer that is not the right one is one that belongs
-    to another question, the declining one, or noise."""
+    to another question, one that declines or asks what is meant (sample.manners()), or noise."""
     known = {expected for rows in results.values() for _, expected, _ in rows}
+    declining = {asked['decline'], asked['follow']}
     counts = {}
     for name, rows in results.items():
         wrong = [answer for _, expected, answer in rows if answer != expected]
-        declined, noise = wrong.count(decline), sum(answer not in known | {decline} for answer in wrong)
+        declined = sum(answer in declining for answer in wrong)
+        noise = sum(answer not in known | declining for answer in wrong)
         counts[name] = {'right': len(rows) - len(wrong), 'other': len(wrong) - declined - noise, 'declined': declined,
                         'noise': noise, 'total': len(rows)}
     return counts
@@ -114,7 +116,7 @@ def main() -> None:
                 mark = '✔' if answer == expected else '✘'
                 prompt = prompt if isinstance(prompt, str) else ' '.join(prompt)
                 print(f'{mark} [{name}] {prompt} {answer}' + ('' if answer == expected else f'  (应为：{expected})'))
-    for name, n in count(results, asked['decline']).items():
+    for name, n in count(results, asked).items():
         print(f'{SETS[name]}: {n["right"]}/{n["total"]}={n["right"] / n["total"]:.4f}'
               f' | another answer: {n["other"] / n["total"]:.4f}'
               f' | wrongly declined: {n["declined"] / n["total"]:.4f} | noise: {n["noise"] / n["total"]:.4f}')

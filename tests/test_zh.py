@@ -203,7 +203,8 @@ def test_exactly_the_answers_and_their_ends_are_trained_on(tmp_path):
     assert sorted(trained_texts(tmp_path / 'made', block_size=160)) == sorted(
         [*first, *(row['completion'] for row in rows('train'))])
     assert sorted(trained_texts(tmp_path / 'made', 'val')) == sorted(row['completion'] for row in rows('val'))
-    assert read_meta(tmp_path / 'made')['template'] == '{prompt}\n'
+    asked = {'template': '{prompt}\n', 'decline': UNKNOWN, 'follow': build.FOLLOW}
+    assert manners(read_meta(tmp_path / 'made')) == asked
     # the same bytes again
     made(tmp_path, out='again')
     for path in (tmp_path / 'made').iterdir():
@@ -366,10 +367,11 @@ def test_an_answer_is_never_empty_and_never_begins_with_punctuation():
 
 
 def test_the_count_says_right_another_declined_and_noise():
-    results = {'heldout': [('a', 'A。', 'A。'), ('b', 'B。', 'A。'), ('c', 'C。', UNKNOWN), ('d', 'D。', '乱。')],
+    results = {'heldout': [('a', 'A。', 'A。'), ('b', 'B。', 'A。'), ('c', 'C。', UNKNOWN), ('d', 'D。', '乱。'),
+                           ('e', 'E。', build.FOLLOW)],
                'heldout_unknown': [('u', UNKNOWN, UNKNOWN), ('v', UNKNOWN, 'A。')]}
-    assert count(results, UNKNOWN) == {
-        'heldout': {'right': 1, 'other': 1, 'declined': 1, 'noise': 1, 'total': 4},
+    assert count(results, {'decline': UNKNOWN, 'follow': build.FOLLOW}) == {
+        'heldout': {'right': 1, 'other': 1, 'declined': 2, 'noise': 1, 'total': 5},
         'heldout_unknown': {'right': 1, 'other': 1, 'declined': 0, 'noise': 0, 'total': 2}}
 
 
@@ -444,7 +446,8 @@ def test_the_recipe_answers_questions_it_has_never_seen(tmp_path):
     assert done.returncode == 0 and 'total time: ' in done.stdout, done.stderr
     checkpoint = load_checkpoint(tmp_path / 'out/zh/final_checkpoint.pt')
     model, tokenizer = build_model(checkpoint), tokenizer_of(checkpoint)
-    n = count(evaluate(model, tokenizer, manners(checkpoint), load_questions(small)), UNKNOWN)
+    asked = manners(checkpoint)
+    n = count(evaluate(model, tokenizer, asked, load_questions(small)), asked)
     share = {name: n[name]['right'] / n[name]['total'] for name in n}
     print(n)
     assert share['heldout'] >= 0.85 and share['heldout_forms'] >= 0.6 and share['heldout_unknown'] >= 0.6, n
