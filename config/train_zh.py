@@ -1,6 +1,7 @@
 # A Chinese GPT that answers questions, from nothing, on an ordinary CPU.  python train.py config/train_zh.py
-# First: python prepare_zh.py.  Two cores: 5 minutes; then 98% of 1,841 questions that it has never seen are answered
-# right, in forms of asking that it has never seen 94%, and 87% of what it never learned is declined (one seed).
+# First: python prepare_zh.py.  Two cores: 6 minutes, half a minute of it to compile; then, in the middle of five seeds,
+# 97.6% of 1,841 questions that it has never seen are answered right, in forms of asking that it has never seen 95.8%,
+# and 87% of what it never learned is declined.
 dataset = 'zh'
 out_dir = 'out/zh'
 eval_interval = 650

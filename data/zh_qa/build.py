@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OFTEN, AMONG = 4, 3000      # of one's own facts: how often they are asked, and among how many questions of the set
+OFTEN, AMONG = 6, 8000      # of one's own facts: how often they are asked, and among how many questions of the set
 UNKNOWN = '这个问题我还没有学过。'
 FIELDS = {'define': 'x', 'diff': 'ab', 'why': 'sp', 'attr': 'saq', 'how': 'v', 'use': 'x'}    # what a topic's parts are
 FILES = ('train', 'val', 'heldout', 'heldout_forms', 'heldout_unknown', 'heldout_slips', 'heldout_talk',
