@@ -144,7 +144,7 @@ def main():
     if with_masks:
         pairs = shuffled_rows(pairs, random.Random(seed))
     asked = {'template': template, 'decline': decline} if with_masks else {}
-    if any((follow, True) in piece.segments for piece in documents('looking for second questions')):
+    if with_masks and any((follow, True) in piece.segments for piece in documents('looking for second questions')):
         asked['follow'] = follow
     write_dataset(out, codec, pairs, ', '.join(p.name for p in named[:5]) or download,
                   f'{rule[0]}; val_fraction={val_fraction}', asked, with_masks, block_size)

@@ -48,7 +48,7 @@ temperature = -1.0          # below 1: safer; above 1: bolder; 0 = always the li
 top_k = -1                  # choose among so many likeliest tokens; 0 = all; -1 = the style's
 top_p = -1.0                # choose among the fewest tokens that have this probability together; -1 = the style's
 repetition_penalty = 1.0    # above 1, tokens that were there already become less likely
-sure = 0.2                  # for such questions: by how much likelier than declining an answer must be; 0 = at all
+sure = 0.2                  # for such questions: by how much likelier than declining an answer must be; 0 = off
 seed = 1337                 # the same seed gives the same text
 # system
 device = 'auto'             # auto, cpu, cuda, mps

@@ -19,5 +19,4 @@ learning_rate, min_lr = 6e-3, 0.0
 weight_decay = 1.0              # ten times the usual: the text is seen more than three times
 beta2 = 0.95
 warmup_steps = 20
-max_steps = 800                 # 800 * 16 * 256 = 3.3M tokens, 3.3 epochs
-compile = 'true'                # half a minute, and then 1.4 times as fast; without a C++ compiler: --compile=false
+max_steps = 800                 # 800 * 16 * 256 = 3.3M tokens, 3.3 epochs; compiled, 1.4 times as fast
