@@ -55,6 +55,15 @@ def prune_checkpoints(out_dir: str | Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def average_with(before: str | Path, run: str | Path, share: float) -> None:
+    """Make the weights of the run in folder `run` the average of themselves, with weight `share`, and of those in the
+    folder `before`, which it began with: what fine-tuning made it forget comes mostly back, what it learned mostly
+    stays (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"). Raises UserError."""
+    (_, old), (_, taught) = pick_checkpoint('auto', before), pick_checkpoint('auto', run)
+    taught['model'] = {name: torch.lerp(old['model'][name], new, share) for name, new in taught['model'].items()}
+    save_checkpoint(run, taught, [LATEST, BEST, FINAL])
+
+
 class BackgroundSaver:
     """Saves while training goes on, one checkpoint at a time, the `keep` newest numbered ones of which stay. What went
     wrong with one is raised by the next, or by finish(), which waits for it."""
