@@ -3,13 +3,14 @@
     python eval_zh.py --init_from=out/zh
     python eval_zh.py --show            every question with its answer
 
-All questions are answered greedily, in batches through the KV cache. An answer is right if it is the expected one to
-the letter. SETS says what is asked; data/zh_qa/README.md, how the questions were made.
+All questions are answered greedily, in batches through the KV cache. An answer is right if it is to the letter the one
+that belongs to the question, or in small talk another that fits. SETS says what is asked; data/zh_qa/README.md, how the
+questions were made.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from configurator import UserError, configure      # first: from here on, Ctrl-C is quiet
@@ -42,16 +43,18 @@ SHIPPED = Path(__file__).resolve().parent / 'data' / 'zh_qa'
 
 def load_questions(folder: str | Path = SHIPPED) -> dict[str, list[dict]]:
     """{'heldout': [{'prompt', 'completion'}], ...} from the .jsonl files of `folder`; a prompt is a question, or a list
-    of turns of which it is the last (see sample.conversation). Raises UserError."""
-    questions, paths = {}, {name: Path(folder, f'{name}.jsonl') for name in SETS}
-    for name in [name for name, path in paths.items() if path.exists()] or SETS:
-        path = paths[name]
-        try:
-            with open(path, encoding='utf-8') as f:
-                questions[name] = [as_question(json.loads(line)) for line in f if line.strip()]
-        except (OSError, ValueError) as e:
-            raise UserError(f'{path} cannot be read as questions ({e}); --data names the folder') from None
-    return questions
+    of turns of which it is the last (see sample.conversation); 'also' are other answers that fit. Raises UserError."""
+    paths = {name: Path(folder, f'{name}.jsonl') for name in SETS}
+    return {name: read_questions(paths[name]) for name in [name for name in SETS if paths[name].exists()] or SETS}
+
+
+def read_questions(path: Path) -> list[dict]:
+    """[{'prompt', 'completion'}] from a .jsonl file, see load_questions(). Raises UserError."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            return [as_question(json.loads(line)) for line in f if line.strip()]
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} cannot be read as questions ({e}); --data names the folder') from None
 
 
 def as_question(row: dict) -> dict:
@@ -65,14 +68,14 @@ def as_question(row: dict) -> dict:
 def evaluate(model: GPT, tokenizer: AnyTokenizer, asked: dict[str, str], questions: dict[str, list[dict]], *,
              rank: int = 0, world_size: int = 1, batch_size: int = 128, max_new_tokens: int = 96,
              should_stop: Callable[[], bool] | None = None) -> dict[str, list[tuple]]:
-    """Answer this process's share of `questions`, asked as sample.manners() says. Returns {set: [(prompt, expected,
-    answer), ...]}."""
+    """Answer this process's share of `questions`, asked as sample.manners() says. Returns {set: [(prompt, the
+    answers that fit, answer), ...]}."""
     mine = [(name, row) for name in questions for row in questions[name]][rank::world_size]
     answers = generate_answers([row['prompt'] for _, row in mine], model, tokenizer, **asked, temperature=0,
                                max_new_tokens=max_new_tokens, batch_size=batch_size, should_stop=should_stop)
     results = {name: [] for name in questions}
     for (name, row), answer in zip(mine, answers, strict=True):
-        results[name].append((row['prompt'], row['completion'], answer))
+        results[name].append((row['prompt'], [row['completion'], *row.get('also', ())], answer))
     return results
 
 
@@ -80,17 +83,19 @@ def count_right(model: GPT, tokenizer: AnyTokenizer, asked: dict[str, str], ques
                 **share) -> tuple[int, int]:
     """(right, answered) among a list of questions [{'prompt', 'completion'}]; what train.py asks during training."""
     rows = evaluate(model, tokenizer, asked, {'heldout': questions}, **share)['heldout']
-    return sum(answer == expected for _, expected, answer in rows), len(rows)
+    return sum(answer in fitting for _, fitting, answer in rows), len(rows)
 
 
-def count(results: dict[str, list[tuple]], asked: dict[str, str]) -> dict[str, dict[str, int]]:
-    """{set: {'right', 'other', 'declined', 'noise', 'total'}}: an answer that is not the right one is one that belongs
-    to another question, one that declines or asks what is meant (sample.manners()), or noise."""
-    known = {expected for rows in results.values() for _, expected, _ in rows}
+def count(results: dict[str, list[tuple]], asked: dict[str, str],
+          learned: Iterable[str] = ()) -> dict[str, dict[str, int]]:
+    """{set: {'right', 'other', 'declined', 'noise', 'total'}}: an answer that is not right is one that belongs to
+    another question, one that declines or asks what is meant (sample.manners()), or noise. learned: answers that the
+    model was taught, beside those that are right for a question here."""
+    known = {answer for rows in results.values() for _, fitting, _ in rows for answer in fitting} | set(learned)
     declining = {asked['decline'], asked['follow']}
     counts = {}
     for name, rows in results.items():
-        wrong = [answer for _, expected, answer in rows if answer != expected]
+        wrong = [answer for _, fitting, answer in rows if answer not in fitting]
         declined = sum(answer in declining for answer in wrong)
         noise = sum(answer not in known | declining for answer in wrong)
         counts[name] = {'right': len(rows) - len(wrong), 'other': len(wrong) - declined - noise, 'declined': declined,
@@ -112,11 +117,13 @@ def main() -> None:
     seconds = time.perf_counter() - start
     if show:
         for name, rows in results.items():
-            for prompt, expected, answer in rows:
-                mark = '✔' if answer == expected else '✘'
+            for prompt, fitting, answer in rows:
+                mark = '✔' if answer in fitting else '✘'
                 prompt = prompt if isinstance(prompt, str) else ' '.join(prompt)
-                print(f'{mark} [{name}] {prompt} {answer}' + ('' if answer == expected else f'  (应为：{expected})'))
-    for name, n in count(results, asked).items():
+                print(f'{mark} [{name}] {prompt} {answer}' + ('' if answer in fitting else f'  (应为：{fitting[0]})'))
+    train = Path(data or SHIPPED, 'train.jsonl')
+    learned = {row['completion'] for row in read_questions(train)} if train.exists() else ()
+    for name, n in count(results, asked, learned).items():
         print(f'{SETS[name]}: {n["right"]}/{n["total"]}={n["right"] / n["total"]:.4f}'
               f' | another answer: {n["other"] / n["total"]:.4f}'
               f' | wrongly declined: {n["declined"] / n["total"]:.4f} | noise: {n["noise"] / n["total"]:.4f}')

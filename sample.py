@@ -48,7 +48,7 @@ temperature = -1.0          # below 1: safer; above 1: bolder; 0 = always the li
 top_k = -1                  # choose among so many likeliest tokens; 0 = all; -1 = the style's
 top_p = -1.0                # choose among the fewest tokens that have this probability together; -1 = the style's
 repetition_penalty = 1.0    # above 1, tokens that were there already become less likely
-sure = 0.2                  # for such questions: by how much likelier than declining an answer must be; 0 = off
+sure = 0.1                  # for such questions: by how much likelier than declining an answer must be; 0 = off
 seed = 1337                 # the same seed gives the same text
 # system
 device = 'auto'             # auto, cpu, cuda, mps
@@ -65,11 +65,12 @@ STYLES = {          # temperature, top_k, top_p
     'creative': (0.9, 100, 0.95),
     'wild': (1.3, 0, 1.0),
 }
+NAMELESS = 0.1      # the chance that a question names nothing, as 还有呢？, from which on it is about what was said before
 
 
 @for_any_shape
 def generate_texts(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, template: str = '', system: str = '',
-                   decline: str = '', sure: float = 0.2, max_new_tokens: int = 200, temperature: float = 0.8,
+                   decline: str = '', sure: float = 0.1, max_new_tokens: int = 200, temperature: float = 0.8,
                    top_k: int = 50, top_p: float = 0.95, repetition_penalty: float = 1.0, stop: str = '',
                    seed: int = 1337, batch_size: int = 64, on_text: Callable | None = None,
                    should_stop: Callable | None = None) -> list[str]:
@@ -140,18 +141,27 @@ def manners(source: dict) -> dict[str, str]:
 
 
 def generate_answers(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, decline: str = '', follow: str = '',
-                     **options) -> list[str]:
-    """generate_texts for questions, of which some are lists of turns. Such a one is first asked by itself, and only if
-    the answer is `follow`, as it is trained to be to a question that names nothing, behind the turns before it; what
-    is declined there is answered with `follow`. Without `follow`, `decline` takes its place."""
+                     batch_size: int = 64, on_follow: Callable | None = None, **options) -> list[str]:
+    """generate_texts for questions, of which some are lists of turns. Such a one is first asked by itself; if `follow`
+    has there a probability of NAMELESS or more, as it is trained to have where a question names nothing, it is asked
+    behind the turns before it, too, unless it is declined there. on_follow(i) is told that the answer to question i is
+    about what was said before. Without `follow`, `decline` takes its place."""
     def ask(questions):
-        return generate_texts(questions, model, tokenizer, decline=decline, **options)
+        return generate_texts(questions, model, tokenizer, decline=decline, batch_size=batch_size, **options)
 
-    follow = follow or decline
-    answers = ask([p if isinstance(p, str) else p[-1] for p in prompts])
-    again = [i for i, p in enumerate(prompts) if answers[i] == follow and not isinstance(p, str) and len(p) > 1]
-    for i, answer in zip(again, ask([prompts[i] for i in again]), strict=True):
-        answers[i] = follow if answer == decline else answer
+    asking_back = tokenizer.encode(follow or decline) + [tokenizer.eot]
+    answers, behind = ask([p if isinstance(p, str) else p[-1] for p in prompts]), []
+    turns = [i for i, p in enumerate(prompts) if not isinstance(p, str) and len(p) > 1]
+    for first in range(0, len(turns), batch_size):
+        some = turns[first:first + batch_size]
+        questions = [encode_prompt(prompts[i][-1], tokenizer, options['template']) for i in some]
+        chances = probabilities(model, questions, [asking_back] * len(some))
+        behind += [i for i, chance in zip(some, chances, strict=True) if chance >= NAMELESS]
+    for i, answer in zip(behind, ask([prompts[i] for i in behind]), strict=True):
+        if answer != decline:
+            answers[i] = answer
+            if on_follow:
+                on_follow(i)
     return answers
 
 
@@ -306,6 +316,8 @@ def main():
     decline = decline if sure else ''
     print(description, file=sys.stderr)
 
+    followed = []           # filled if the last question was about what was said before, such as 还有呢？
+
     def answer(prompts, before=()):
         """The texts for `prompts`, num_samples each, streamed to the terminal if there is one text and a terminal.
         before: questions and answers that are still in mind."""
@@ -322,10 +334,11 @@ def main():
             print(whole[shown:], end='', flush=True)
             shown = max(shown, len(whole))
 
+        followed.clear()
         start = time.perf_counter()
         asked = [[*before, in_room(p)] for p in each] if template else each
         if decline:
-            texts = generate_answers(asked, model, tokenizer, follow=follow, **options)
+            texts = generate_answers(asked, model, tokenizer, follow=follow, on_follow=followed.append, **options)
         else:
             texts = generate_texts(asked, model, tokenizer, on_text=show if streaming else None, **options)
         seconds = max(time.perf_counter() - start, 1e-9)
@@ -376,7 +389,7 @@ def main():
                 continue
             if template and not decline:
                 before = [*before, *results[-1]]
-            elif decline and results[-1][1] != follow:      # such a model knows one question before, no more
+            elif decline and results[-1][1] != follow and not followed:     # such a model knows one question before
                 before = results[-1] if results[-1][1] != decline else []
     else:
         results = answer(prompts)

@@ -4,9 +4,9 @@
 # and 87% of what it never learned is declined.
 dataset = 'zh'
 out_dir = 'out/zh'
-eval_interval = 650
+eval_interval = 680
 eval_iters = 20
-zh_eval_interval = 650
+zh_eval_interval = 680
 log_interval = 20
 
 n_layer, n_head, n_embd = 4, 4, 256
@@ -18,5 +18,6 @@ isolate_documents = True        # or a question's neighbours in its window would
 
 optimizer = 'muon'
 learning_rate, min_lr = 8e-3, 1e-4
+weight_decay = 0.0              # each question is seen but once or twice
 warmup_steps = 30
-max_steps = 1300                # 1,300 * 4,160 = 5.4M tokens: each question is seen 1.4 times, each fact forty
+max_steps = 1360                # 1,360 * 4,160 = 5.7M tokens: each question is seen 1.4 times, each fact forty

@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OFTEN, AMONG = 6, 8000      # of one's own facts: how often they are asked, and among how many questions of the set
-UNKNOWN = '这个问题我还没有学过。'
+UNKNOWN = '这个我还不会。'
 FIELDS = {'define': 'x', 'diff': 'ab', 'why': 'sp', 'attr': 'saq', 'how': 'v', 'use': 'x'}    # what a topic's parts are
 FILES = ('train', 'val', 'heldout', 'heldout_forms', 'heldout_unknown', 'heldout_slips', 'heldout_talk',
          'heldout_turns', 'heldout_near')
@@ -108,13 +108,14 @@ class Writer:
         self.traditional = str.maketrans({a: b for _, (a, b) in table(HERE / 'traditional.tsv', 2)})
         self.common = sorted(self.alike)
 
-    def add(self, name, question, answer, before=()):
-        """A row of file `name`, unless it is in one already. before: the question and the answer that came first."""
+    def add(self, name, question, answer, before=(), also=()):
+        """A row of file `name`, unless it is in one already. before: the question and the answer that came first.
+        also: other answers that fit."""
         question = question.strip()
         if not question or (question, before) in self.taken:
             return
         self.taken.add((question, before))
-        row = {'prompt': question, 'completion': answer}
+        row = {'prompt': question, 'completion': answer} | ({'also': also} if also else {})
         if before:
             talk = zip(('user', 'assistant', 'user', 'assistant'), (*before, question, answer), strict=True)
             row = {'conversations': [{'role': role, 'content': text} for role, text in talk]}
@@ -192,6 +193,10 @@ class Writer:
         i = self.rng.choice(places)
         return name[:i] + self.rng.choice(self.alike[name[i]]) + name[i + 1:]
 
+    def asked(self, fact):
+        """A question about the fact, and the answer: what a second question may stand behind."""
+        return fill(self.dressed(self.draw(fact.kind, 1)[0]), fact.kind, fact.call(self.rng)), fact.answer
+
     def slipped(self, fact):
         """The names of a fact, one with a slip; None if all are too short."""
         parts = fact.call(self.rng)
@@ -264,15 +269,16 @@ def ask_facts(writer, facts, known):
 
 
 def small_talk(writer):
-    talk = table(HERE / 'smalltalk.tsv', 3)
-    answers = {intent: text for _, (intent, which, text) in talk if which == 'answer'}
-    for number, (intent, which, text) in talk:
-        if intent not in answers or which not in ('answer', 'seen', 'unseen'):
-            complain(HERE / 'smalltalk.tsv', number, f'{intent} needs an answer, and {which!r} should be answer, seen or '
-                     'unseen')
+    talk = table(HERE / 'smalltalk.tsv', 3, optional=1)
+    answers = {'cannot': UNKNOWN} | {intent: text for _, (intent, which, text, *_) in talk if which == 'answer'}
+    for number, (intent, which, text, *also) in talk:
+        others = ' '.join(also).split()
+        if not answers.keys() >= {intent, *others} or which not in ('answer', 'seen', 'unseen'):
+            complain(HERE / 'smalltalk.tsv', number, f'{intent} {" ".join(others)}: each needs an answer, and {which!r} '
+                     'should be answer, seen or unseen')
         if which == 'unseen':
-            writer.add('heldout_talk', text, answers[intent])
-    for _, (intent, which, text) in talk:
+            writer.add('heldout_talk', text, answers[intent], also=[answers[other] for other in others])
+    for _, (intent, which, text, *_) in talk:
         if which == 'seen':
             end = writer.rng.choice(['', '。', '？', '！', '~', '啊', '呀'])
             typed = writer.mistyped(text.rstrip('。？！') + end) if writer.rng.random() < 0.35 else text
@@ -284,9 +290,6 @@ def second_turns(writer, facts):
     rng, forms = writer.rng, writer.forms
     whole = {key: fact for fact in facts for key in fact.keys()}
 
-    def asked(fact):
-        return fill(writer.dressed(writer.draw(fact.kind, 1)[0]), fact.kind, fact.call(rng))
-
     for fact in facts:
         follows = [('more', fact.more or NO_MORE)] if fact.more or rng.random() < 0.25 else []
         for kind in ('use', 'why', 'how'):
@@ -295,14 +298,14 @@ def second_turns(writer, facts):
                 follows.append((kind, other.answer if other else NO_MORE))
         for kind, answer in follows:
             for _ in range(2 if answer == NO_MORE else 9 if kind == 'more' else 4):
-                writer.add('train', rng.choice(forms['then ' + kind, 'seen']), answer, (asked(fact), fact.answer))
+                writer.add('train', rng.choice(forms['then ' + kind, 'seen']), answer, writer.asked(fact))
             if rng.random() < 0.35:
                 form = rng.choice(forms['then ' + kind, 'unseen'])
-                writer.add('heldout_turns', form, answer, (asked(fact), fact.answer))
+                writer.add('heldout_turns', form, answer, writer.asked(fact))
     # by itself such a question gets an answer of its own; then sample.py asks it again, behind what was said before
     for kind in ('use', 'more', 'why', 'how'):
         for form in forms['then ' + kind, 'seen']:
-            for question in (form, form.rstrip('。？'), writer.mistyped(form)):
+            for question in (form, form.rstrip('。？'), writer.mistyped(form), writer.dressed(form)):
                 writer.add('train', question, FOLLOW)
 
 
