@@ -65,7 +65,7 @@ STYLES = {          # temperature, top_k, top_p
     'creative': (0.9, 100, 0.95),
     'wild': (1.3, 0, 1.0),
 }
-NAMELESS = 0.1      # the chance that a question names nothing, as 还有呢？, from which on it is about what was said before
+NAMELESS = 0.1      # from this chance on that a question names nothing (还有呢？) it is about what was said before
 
 
 @for_any_shape
