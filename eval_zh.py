@@ -65,7 +65,7 @@ def as_question(row: dict) -> dict:
     return {'prompt': turns, 'completion': answer}
 
 
-def evaluate(model: GPT, tokenizer: AnyTokenizer, asked: dict[str, str], questions: dict[str, list[dict]], *,
+def evaluate(model: GPT, tokenizer: AnyTokenizer, asked: dict, questions: dict[str, list[dict]], *,
              rank: int = 0, world_size: int = 1, batch_size: int = 128, max_new_tokens: int = 96,
              should_stop: Callable[[], bool] | None = None) -> dict[str, list[tuple]]:
     """Answer this process's share of `questions`, asked as sample.manners() says. Returns {set: [(prompt, the
