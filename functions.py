@@ -95,6 +95,22 @@ class RMSNormOnCPU(torch.autograd.Function):
         return grad_x.addcmul_(mean, r).to(x.dtype), None if w is None else grad_w.to(weight.dtype), None
 
 
+class Linear(torch.nn.Linear):
+    """nn.Linear, but for up to four rows in float32 on a CPU, as decoding has them, with the weights as the first factor.
+    Reading them is all the work there, and MKL may take two to four times as long over the same product the other way
+    round, or with a single column (on AMD it does)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        few = x.reshape(-1, self.in_features)                               # (N, I)
+        n = len(few)
+        if n > 4 or not (torch.is_inference_mode_enabled() and x.device.type == 'cpu'
+                         and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')):
+            return super().forward(x)
+        few = few if n > 1 else torch.cat([few, few])
+        y = (self.weight @ few.t()).t()[:n].contiguous()                    # (N, O)
+        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], self.out_features)
+
+
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """x with each element 0 with probability p, and the others divided by 1 - p; Srivastava et al. 2014."""
     if p == 0:
@@ -107,7 +123,8 @@ def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     """0 and 1 / (1 - p), in x's shape and type. Each 64 random bits throw four dice: a quarter of the time that
     F.dropout takes on a CPU, and a tenth of what torch.compile makes of it there, which cannot look in here."""
     dice = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-1 << 63, None).view(torch.int16)
-    return (dice[:x.numel()].view(x.shape) >= round(p * 65536) - 32768).to(x.dtype).mul_(1 / (1 - p))
+    mask = torch.empty_like(x)                  # written at once: a mask of bools takes nine times as long to convert
+    return torch.ge(dice[:x.numel()].view(x.shape), round(p * 65536) - 32768, out=mask).mul_(1 / (1 - p))
 
 
 @dropout_mask.register_fake

@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from functions import Linear
+
 
 class LoRALinear(nn.Module):
     """W x + b + (alpha / r) B A x: what the layer of W (O, I) and b does, and what A (r, I) and B (O, r) add to it; at
@@ -54,7 +56,7 @@ def merge_adapters(model: nn.Module) -> None:
         for name, layer in list(part.named_children()):
             if isinstance(layer, LoRALinear):
                 O, I = layer.weight.shape
-                linear = nn.Linear(I, O, bias=False, device='meta')                         # draws no random numbers
+                linear = Linear(I, O, bias=False, device='meta')                            # draws no random numbers
                 linear.weight, linear.bias = layer.weight, layer.bias
                 linear.weight.add_(layer.lora_B @ layer.lora_A, alpha=layer.scale)
                 setattr(part, name, linear)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from functions import LinearCrossEntropy, Muon, dropout, rms_norm, token_losses
+from functions import Linear, LinearCrossEntropy, Muon, dropout, rms_norm, token_losses
 from lora import add_adapters
 from quantize import Int8Linear
 
@@ -179,9 +179,9 @@ class CausalSelfAttention(nn.Module):
         self.config, self.layer = config, layer
         self.head_size = config.n_embd // config.n_head
         # queries of all heads, then keys, then values, in one matrix product
-        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_size,
-                                bias=config.bias or config.qkv_bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_size,
+                             bias=config.bias or config.qkv_bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def queries_keys_values(self, x: torch.Tensor, norm: nn.Module,
                             rope: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
@@ -219,8 +219,8 @@ class MLP(nn.Module):
         super().__init__()
         self.config = config
         _, gated = MLPS[config.mlp]
-        self.c_fc = nn.Linear(config.n_embd, 2 * config.n_inner if gated else config.n_inner, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 2 * config.n_inner if gated else config.n_inner, bias=config.bias)
+        self.c_proj = Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         x = product_of(norm, self.c_fc, x)                   # (B, T, n_inner), twice that if gated
@@ -276,7 +276,7 @@ class GPT(nn.Module):
             cos, sin = rope_table(config.block_size, config.n_embd // config.n_head, config.rope_theta)
             self.register_buffer('rope_cos', cos, persistent=False)
             self.register_buffer('rope_sin', sin, persistent=False)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
 

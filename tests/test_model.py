@@ -311,6 +311,33 @@ def test_rope_turns_pairs_by_position_and_keeps_relative_angles():
     assert (turned_q[9] @ turned_k[4]).item() == pytest.approx((turned_q[25] @ turned_k[20]).item(), abs=1e-4)
 
 
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_few_rows_in_decoding_are_multiplied_as_by_torchs_linear(bias, monkeypatch):
+    torch.manual_seed(0)
+    linear = functions.Linear(96, 160, bias=bias)
+    exact = torch.nn.Linear(96, 160, bias=bias)
+    exact.load_state_dict(linear.state_dict())
+    exact, left_to_torch, theirs = exact.double(), [], torch.nn.Linear.forward
+    few = [torch.randn(shape) for shape in ((96,), (1, 1, 96), (2, 1, 96), (1, 3, 96), (4, 96))]
+    few.append(torch.randn(96, 4).t())                                      # not in one piece
+    expected = [exact(x.double()) for x in few]
+
+    def torchs(self, x):
+        left_to_torch.append(x.shape)
+        return theirs(self, x)
+    monkeypatch.setattr(torch.nn.Linear, 'forward', torchs)
+    with torch.inference_mode():
+        for x, y in zip(few, expected, strict=True):
+            assert linear(x).is_contiguous()
+            assert torch.allclose(linear(x).double(), y, atol=1e-5) and linear(x).shape == y.shape
+        assert not left_to_torch
+        linear(torch.randn(5, 96))                                          # more of them are, and what is not float32
+        with torch.autocast('cpu', torch.bfloat16):
+            assert linear(few[1]).dtype == torch.bfloat16
+    linear(few[1]).sum().backward()                                         # and what has a gradient
+    assert len(left_to_torch) == 3 and linear.weight.grad is not None
+
+
 def test_rmsnorm_divides_by_the_root_of_the_mean_square():
     model = GPT(GPTConfig(**SMALL, norm='rmsnorm', norm_eps=1e-6))
     x = torch.randn(5, 32) * 7
