@@ -96,9 +96,9 @@ class RMSNormOnCPU(torch.autograd.Function):
 
 
 class Linear(torch.nn.Linear):
-    """nn.Linear, but for up to four rows in float32 on a CPU, as decoding has them, with the weights as the first factor.
-    Reading them is all the work there, and MKL may take two to four times as long over the same product the other way
-    round, or with a single column (on AMD it does)."""
+    """nn.Linear, but with the weights as the first factor for up to four rows in float32 on a CPU, as in decoding.
+    To read the weights is all the work there, and MKL may take two to four times as long over the same product the
+    other way round, or with a single column (on AMD it does)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         few = x.reshape(-1, self.in_features)                               # (N, I)
