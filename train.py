@@ -154,7 +154,7 @@ if compiling:
     model = torch.compile(model)
     if here == 'cpu':                           # or its threads add up the embedding's gradient in any order
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False     # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = False     # type: ignore[attr-defined]  # costs time
 if world_size > 1:
     model = DDP(model, device_ids=[here] if on_gpu else None, gradient_as_bucket_view=True)
     model.broadcast_buffers = False             # the tables of rope are the same everywhere
