@@ -33,7 +33,7 @@ teach = ''                  # facts of your own, as data/zh_qa/README.md has the
 out = 'data/zh'             # the folder to make
 tokenizer = ''              # a tokenizer.json to be used; '' = a BPE learns from the text
 vocab_size = 0              # ids of that BPE; 0 = 4096 for such a folder, as the set that ships, 8192 for others
-single_han = True           # the BPE keeps every Chinese character by itself; false = it may join them to words
+single_han = 'auto'         # the BPE keeps each Chinese character by itself: true, false; auto = if nothing is asked
 val_fraction = 0.05         # the part of the inputs kept for validation
 encoding = 'auto'           # auto (UTF-8, or else GB18030), utf-8, gb18030, ...
 template = '{prompt}\n'          # what a question is put into, in training and in sampling
@@ -41,7 +41,8 @@ decline = '这个我还不会。'     # the answer instead of one that the model
 follow = '你说的是什么呢？请把它的名字也说出来。'     # the data's answer to 还有呢？ by itself
 block_size = 160            # questions with answers that have more tokens than this are left out, and counted
 seed = 1337                 # of the order of the rows
-config = configure(globals(), negative=False, at_least={'block_size': 8})
+config = configure(globals(), negative=False, at_least={'block_size': 8},
+                   one_of={'single_han': ('auto', 'true', 'false')})
 # -----------------------------------------------------------------------------
 
 CORPORA = {                 # repository on the hub, how its files begin, how they end
@@ -141,8 +142,10 @@ def main():
     if tokenizer:
         codec = load_tokenizer(tokenizer)
     else:
+        # answers are learned sooner in words, two thirds as many tokens; plain text has too many words for so few ids
+        alone = single_han == 'true' or (single_han == 'auto' and not with_masks)
         codec = train_bpe((text for name, piece in split_documents('training the tokenizer') if name == 'train'
-                           for text, _ in piece.segments), vocab_size or (4096 if divided else 8192), single_han)
+                           for text, _ in piece.segments), vocab_size or (4096 if divided else 8192), alone)
     print(f'tokenizer: {codec.kind}, {codec.vocab_size:,} ids')
     pairs = repeated(split_documents, given)
     if with_masks:

@@ -172,8 +172,9 @@ def probabilities(model: GPT, prompts: list[list[int]], answers: list[list[int]]
     idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     targets = torch.full_like(idx, -100)
     for row, ids, answer in zip(range(len(rows)), rows, answers, strict=True):
+        begins = max(1, len(ids) - len(answer))             # the answer, or as much of its end as the model can see
         idx[row, :len(ids)] = torch.tensor(ids)
-        targets[row, len(ids) - len(answer):len(ids)] = torch.tensor(answer)
+        targets[row, begins:len(ids)] = torch.tensor(ids[begins:])
     device = next(model.parameters()).device
     losses = model(idx[:, :-1].to(device), targets[:, 1:].to(device), reduction='none')[1]       # (B, T)
     return losses.sum(dim=1).neg().exp().tolist()

@@ -1,6 +1,6 @@
 # The classic recipe for a small Chinese GPT, to the letter, for comparison.  python train.py config/train_zh_classic.py
-# First: python prepare_zh.py --vocab_size=824 --out=data/zh_classic.  AdamW, 2000 steps of 16 rows; with a vocabulary
-# of 824 its 3,368,192 parameters: 824 * 256 + 4 * (12 * 256 * 256 + 11 * 256) + 256.
+# First: python prepare_zh.py --vocab_size=824 --single_han=true --out=data/zh_classic.  AdamW, 2000 steps of 16 rows;
+# with a vocabulary of 824 its 3,368,192 parameters: 824 * 256 + 4 * (12 * 256 * 256 + 11 * 256) + 256.
 dataset = 'zh_classic'
 out_dir = 'out/zh_classic'
 eval_interval = 500

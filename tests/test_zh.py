@@ -6,6 +6,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from eval_zh import SETS, as_question, count, evaluate, load_questions
 from model import GPT, GPTConfig
 import sample
 from sample import (begins_badly, conversation, generate_answers, generate_texts, manners, normalize_question,
-                    not_first)
+                    not_first, probabilities)
 from scripts import ROOT, run
 from tokenizer import train_bpe
 
@@ -468,6 +469,25 @@ def test_the_work_of_evaluating_is_divided_without_loss(tmp_path):
                        max_new_tokens=4) for r in (0, 1)]
     for name in questions:
         assert sorted(whole[name]) == sorted(halves[0][name] + halves[1][name])
+
+
+def test_the_examination_stays_as_it_is_when_more_is_learned(tmp_path):
+    copy_of_the_set(tmp_path)
+    code = (tmp_path / 'build.py').read_text(encoding='utf-8')
+    (tmp_path / 'build.py').write_text(code.replace('SEEN, MADE_UP, SLIPS = ', 'SEEN, MADE_UP, SLIPS = 5, 1, 0  # ')
+                                       .replace('\nTYPED = ', '\nTYPED = (0.5,)  # '), encoding='utf-8')
+    subprocess.run([sys.executable, str(tmp_path / 'build.py')], check=True, capture_output=True)
+    for path in built().glob('*.jsonl'):
+        assert (path.read_bytes() == (tmp_path / path.name).read_bytes()) == (path.name != 'train.jsonl'), path.name
+
+
+def test_an_answer_longer_than_the_model_sees_is_doubted_by_its_end(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=16)).eval()
+    prompt, answer = [1, 2, 3], list(range(4, 20))
+    logits = model(torch.tensor([(prompt + answer)[-9:-1]]))[0].log_softmax(-1)[0]
+    expected = sum(logits[i, token].item() for i, token in enumerate(answer[-8:]))
+    assert math.log(probabilities(model, [prompt], [answer])[0]) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.timeout(1200)

@@ -17,6 +17,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SEEN, MADE_UP, SLIPS = 20, 3, 16        # how often each fact is asked: in forms of the list, others, with a slip
+TURNS = {'more': 14, 'use': 7, 'why': 7, 'how': 7, 'none': 3}      # how often each second question is asked
+OTHERS = 2                  # in how many forms of the list each unknown topic is asked
+TYPED = (0.0, 0.7)          # each line of small talk is taken so often, with a slip by these chances
 OFTEN, AMONG = 6, 8000      # of one's own facts: how often they are asked, and among how many questions of the set
 UNKNOWN = '这个我还不会。'
 FIELDS = {'define': 'x', 'diff': 'ab', 'why': 'sp', 'attr': 'saq', 'how': 'v', 'use': 'x'}    # what a topic's parts are
@@ -96,6 +100,7 @@ class Writer:
 
     def __init__(self, rng):
         self.rng, self.files, self.taken = rng, {name: [] for name in FILES}, set()
+        self.held = set()                                   # names with a slip that are examined
         self.forms = {}                                     # {(kind, seen or unseen): [form]}
         for _, (kind, which, form) in table(HERE / 'forms.tsv', 3):
             self.forms.setdefault((kind, which), []).append(form)
@@ -236,8 +241,8 @@ def near_misses(writer, facts, n):
     return found
 
 
-def ask_facts(writer, facts, known):
-    """What it knows: some forms to learn from, one to validate on, one held out; a topic with a slip, a long question."""
+def examine_facts(writer, facts, known):
+    """The questions of the examination, one in a form that others are learned in, one with a slip, one to validate on."""
     rng, forms, add = writer.rng, writer.forms, writer.add
     for number, fact in enumerate(facts):
         drawn = writer.draw(fact.kind, rng.randint(13, 16))
@@ -246,18 +251,25 @@ def ask_facts(writer, facts, known):
         parts = [names[0] for names in fact.names] if fact.topic in FIRST else fact.call(rng)
         add('heldout', fill(drawn.pop(), fact.kind, parts), fact.answer)
         add('val', fill(drawn.pop(), fact.kind, fact.call(rng)), fact.answer)
-        held = writer.slipped(fact) if number % 3 == 0 else None
-        if held and (fact.kind, *held[:2]) not in known:
-            add('heldout_slips', fill(rng.choice(forms[fact.kind, 'seen'][:8]), fact.kind, held), fact.answer)
-        drawn = [writer.dressed(form) for form in drawn]
+        slip = writer.slipped(fact) if number % 3 == 0 else None
+        if slip and (fact.kind, *slip[:2]) not in known:
+            add('heldout_slips', fill(rng.choice(forms[fact.kind, 'seen'][:8]), fact.kind, slip), fact.answer)
+            writer.held.add((fact.kind, *slip))
+
+
+def ask_facts(writer, facts, known):
+    """What is learned of each fact: many forms, some made up on the spot, its name with a slip, a long question."""
+    rng, forms = writer.rng, writer.forms
+    for fact in facts:
         unseen = [fill(form, fact.kind, parts).rstrip('。？') for form in forms[fact.kind, 'unseen']
                   for parts in itertools.product(*fact.names)]
-        drawn += [make(fact.kind) for make in (writer.loose, writer.babbled) for _ in range(2)]
-        drawn += [writer.dressed(writer.draw(fact.kind, 1)[0]) for _ in range(6)]
+        drawn = [writer.dressed(form) for form in writer.draw(fact.kind, SEEN)]
+        drawn += [make(fact.kind) for make in (writer.loose, writer.babbled) for _ in range(MADE_UP)]
+        slips = [writer.dressed(writer.draw(fact.kind, 1)[0]) for _ in range(SLIPS)]
         questions = []
-        for i, form in enumerate(drawn):            # the last ones, and some others, with a slip of the pen
-            parts = writer.slipped(fact) if i >= len(drawn) - 6 or rng.random() < 0.25 else None
-            if not parts or parts == held or (fact.kind, *parts[:2]) in known:
+        for form in [*drawn, *slips]:               # the last ones, and some others, with a slip of the pen
+            parts = writer.slipped(fact) if len(questions) >= len(drawn) or rng.random() < 0.25 else None
+            if not parts or (fact.kind, *parts) in writer.held or (fact.kind, *parts[:2]) in known:
                 parts = fact.call(rng)
             questions.append(fill(form, fact.kind, parts))
         if rng.random() < 0.4:
@@ -265,7 +277,7 @@ def ask_facts(writer, facts, known):
             questions.append(writer.one('long').replace('{q}', question))
         for question in questions:
             if not any(way in question for way in unseen):          # as a slip may have it
-                add('train', question, fact.answer)
+                writer.add('train', question, fact.answer)
 
 
 def small_talk(writer):
@@ -280,66 +292,81 @@ def small_talk(writer):
             writer.add('heldout_talk', text, answers[intent], also=[answers[other] for other in others])
     for _, (intent, which, text, *_) in talk:
         if which == 'seen':
-            end = writer.rng.choice(['', '。', '？', '！', '~', '啊', '呀'])
-            typed = writer.mistyped(text.rstrip('。？！') + end) if writer.rng.random() < 0.35 else text
-            writer.add('train', typed, answers[intent])
+            for chance in TYPED:
+                end = writer.rng.choice(['', '。', '？', '！', '~', '啊', '呀'])
+                typed = writer.mistyped(text.rstrip('。？！') + end) if writer.rng.random() < chance else text
+                writer.add('train', typed, answers[intent])
+
+
+def second_questions(writer, facts):
+    """(fact, kind, answer) of the questions that may follow on a fact, which name nothing: more, its use, why, how."""
+    whole = {key: fact for fact in facts for key in fact.keys()}
+    for fact in facts:
+        if fact.more or writer.rng.random() < 0.25:
+            yield fact, 'more', fact.more or NO_MORE
+        for kind in ('use', 'why', 'how'):
+            other = whole.get((kind, fact.names[0][0])) if fact.kind == 'define' else None
+            if other or writer.rng.random() < 0.08:
+                yield fact, kind, other.answer if other else NO_MORE
+
+
+def examine_turns(writer, facts):
+    for fact, kind, answer in second_questions(writer, facts):
+        if writer.rng.random() < 0.35:
+            form = writer.rng.choice(writer.forms['then ' + kind, 'unseen'])
+            writer.add('heldout_turns', form, answer, writer.asked(fact))
 
 
 def second_turns(writer, facts):
     """A second question, which names nothing: what was asked before says what it is about."""
-    rng, forms = writer.rng, writer.forms
-    whole = {key: fact for fact in facts for key in fact.keys()}
-
-    for fact in facts:
-        follows = [('more', fact.more or NO_MORE)] if fact.more or rng.random() < 0.25 else []
-        for kind in ('use', 'why', 'how'):
-            other = whole.get((kind, fact.names[0][0])) if fact.kind == 'define' else None
-            if other or rng.random() < 0.08:
-                follows.append((kind, other.answer if other else NO_MORE))
-        for kind, answer in follows:
-            for _ in range(2 if answer == NO_MORE else 9 if kind == 'more' else 4):
-                writer.add('train', rng.choice(forms['then ' + kind, 'seen']), answer, writer.asked(fact))
-            if rng.random() < 0.35:
-                form = rng.choice(forms['then ' + kind, 'unseen'])
-                writer.add('heldout_turns', form, answer, writer.asked(fact))
+    for fact, kind, answer in second_questions(writer, facts):
+        for _ in range(TURNS['none' if answer == NO_MORE else kind]):
+            writer.add('train', writer.one('then ' + kind), answer, writer.asked(fact))
     # by itself such a question gets an answer of its own; then sample.py asks it again, behind what was said before
     for kind in ('use', 'more', 'why', 'how'):
-        for form in forms['then ' + kind, 'seen']:
+        for form in writer.forms['then ' + kind, 'seen']:
             for question in (form, form.rstrip('。？'), writer.mistyped(form), writer.dressed(form)):
                 writer.add('train', question, FOLLOW)
 
 
-def ask_unknown(writer, facts, known):
-    """What it does not know: other topics in the same forms, near misses, noise, and questions of any form."""
-    rng, add = writer.rng, writer.add
-    unknown = []
+def read_unknown(writer, known):
+    """(topics, questions) of what it does not know, in any order: [(kind, parts)], [question]."""
+    topics = []
     for number, (kind, topic) in table(HERE / 'unknown_topics.tsv', 2):
         if any(key in known for key in Fact(kind, topic, '').keys()):
             complain(HERE / 'unknown_topics.tsv', number, f'{topic} is also among the facts')
-        unknown.append((kind, topic.split('|')))
-    rng.shuffle(unknown)
-    for i, (kind, parts) in enumerate(unknown):
-        name = 'heldout_unknown' if i < 220 else 'val' if i < 280 else 'train'
-        drawn = writer.draw(kind, 1)
-        if name == 'train':
-            drawn = [writer.dressed(drawn[0]), rng.choice([writer.loose, writer.babbled])(kind)]
-            if rng.random() < 0.15:
-                drawn.append(writer.one('long').replace('{q}', writer.draw(kind, 1)[0]))
-        for form in drawn:
-            add(name, fill(form, kind, parts), UNKNOWN)
-    for i, (kind, parts) in enumerate(near_misses(writer, facts, 600)):
-        if i < 200:
-            add('heldout_near', fill(rng.choice(writer.forms[kind, 'seen'][:8]), kind, parts), UNKNOWN)
-        else:
-            add('train', fill(writer.dressed(writer.draw(kind, 1)[0]), kind, parts), UNKNOWN)
+        topics.append((kind, topic.split('|')))
+    questions = (HERE / 'unknown_questions.txt').read_text(encoding='utf-8').splitlines()
+    writer.rng.shuffle(topics)
+    writer.rng.shuffle(questions)
+    return topics, questions
+
+
+def examine_unknown(writer, topics, questions, near):
+    for i, (kind, parts) in enumerate(topics):
+        writer.add('heldout_unknown' if i < 220 else 'val', fill(writer.draw(kind, 1)[0], kind, parts), UNKNOWN)
+    for i, question in enumerate(questions):
+        writer.add('heldout_unknown' if i < 60 else 'val', question, UNKNOWN)
+    for kind, parts in near:
+        writer.add('heldout_near', fill(writer.rng.choice(writer.forms[kind, 'seen'][:8]), kind, parts), UNKNOWN)
     for line in (HERE / 'near_misses.txt').read_text(encoding='utf-8').splitlines():
-        add('heldout_near', line, UNKNOWN)
-    for _ in range(300):
-        add('train', noise(writer), UNKNOWN)
-    free = (HERE / 'unknown_questions.txt').read_text(encoding='utf-8').splitlines()
-    rng.shuffle(free)
-    for i, question in enumerate(free):
-        add('heldout_unknown' if i < 60 else 'val' if i < 80 else 'train', question, UNKNOWN)
+        writer.add('heldout_near', line, UNKNOWN)
+
+
+def ask_unknown(writer, topics, questions, near):
+    """What it does not know: other topics in the same forms, near misses, noise, and questions of any form."""
+    rng = writer.rng
+    for kind, parts in topics:
+        forms = [writer.dressed(form) for form in writer.draw(kind, OTHERS)]
+        forms.append(rng.choice([writer.loose, writer.babbled])(kind))
+        if rng.random() < 0.15:
+            forms.append(writer.one('long').replace('{q}', writer.draw(kind, 1)[0]))
+        for form in forms:
+            writer.add('train', fill(form, kind, parts), UNKNOWN)
+    for kind, parts in near:
+        writer.add('train', fill(writer.dressed(writer.draw(kind, 1)[0]), kind, parts), UNKNOWN)
+    for question in [*(noise(writer) for _ in range(300)), *questions]:
+        writer.add('train', question, UNKNOWN)
 
 
 def noise(writer):
@@ -359,6 +386,8 @@ def main(own='', folder=HERE):
         mine, folder = read_facts(own, known), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for _ in range(OFTEN):
+            examine_facts(writer, mine, known)
+        for _ in range(OFTEN):
             ask_facts(writer, mine, known)
         if not (HERE / 'train.jsonl').exists():
             main()
@@ -366,13 +395,19 @@ def main(own='', folder=HERE):
         writer.files['train'] += map(json.loads, writer.rng.sample(lines, AMONG))
         writer.write(folder)
     else:
-        ask_facts(writer, facts, known)
+        # first the examination, so that it stays as it is when more, or other, is learned
+        examine_facts(writer, facts, known)
         for fact in writer.rng.sample(facts, min(640, len(facts))):
             form = writer.rng.choice(writer.forms[fact.kind, 'unseen'])
             writer.add('heldout_forms', fill(form, fact.kind, fact.call(writer.rng)), fact.answer)
+        examine_turns(writer, facts)
+        near = near_misses(writer, facts, 600)
+        topics, questions = read_unknown(writer, known)
+        examine_unknown(writer, topics[:280], questions[:80], near[:200])
+        ask_facts(writer, facts, known)
         small_talk(writer)
         second_turns(writer, facts)
-        ask_unknown(writer, facts, known)
+        ask_unknown(writer, topics[280:], questions[80:], near[200:])
         writer.write(HERE)
 
 
