@@ -9,5 +9,5 @@ init_from = 'out/zh'
 eval_interval = 150
 zh_eval_interval = 0
 
-learning_rate, min_lr, warmup_steps = 4.5e-4, 5e-5, 5     # a higher rate would forget what is known
+learning_rate, min_lr, warmup_steps = 8e-4, 5e-5, 5     # a higher rate would forget what is known
 max_steps = 150
