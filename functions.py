@@ -122,8 +122,8 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 @torch.library.custom_op('gpt::dropout_mask', mutates_args=())
 def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     """0 and 1 / (1 - p), in x's shape and type. Each 64 random bits throw four dice, and NumPy's SFC64 makes them in
-    half the time that PyTorch's generator takes, which gives it its seed. F.dropout takes six times as long on a CPU,
-    and what torch.compile makes of it there, which cannot look in here, longer still."""
+    half the time that PyTorch's generator takes, which gives it its seed. F.dropout takes five times as long on a
+    CPU, and compiled still longer; torch.compile cannot look in here."""
     bits = np.random.Generator(np.random.SFC64(int(torch.randint(1 << 62, ()))))
     dice = torch.from_numpy(bits.integers(-1 << 63, 1 << 63, (x.numel() + 3) // 4)).view(torch.int16)
     mask = torch.empty_like(x)                  # written at once: a mask of bools takes nine times as long to convert

@@ -395,7 +395,7 @@ def main(own='', folder=HERE):
         writer.files['train'] += map(json.loads, writer.rng.sample(lines, AMONG))
         writer.write(folder)
     else:
-        # first the examination, so that it stays as it is when more, or other, is learned
+        # first the examination, so that it stays as it is when the same things are asked more, or less, in training
         examine_facts(writer, facts, known)
         for fact in writer.rng.sample(facts, min(640, len(facts))):
             form = writer.rng.choice(writer.forms[fact.kind, 'unseen'])
