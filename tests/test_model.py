@@ -392,11 +392,12 @@ def test_isolated_documents_in_a_window_are_as_each_alone(shape, dtype):
     assert (model(torch.cat(documents)[None])[0][0] - alone).abs().max() > 0.5
 
 
+@pytest.mark.parametrize('T', [50, 131])            # whole, and in two halves
 @pytest.mark.parametrize('masked', [False, True])
-def test_attentions_two_ways_are_one(masked):
+def test_attentions_two_ways_are_one(masked, T):
     from model import attention
-    q, k, v = (torch.randn(2, n, 50, 16, dtype=torch.bfloat16) for n in (4, 2, 2))
-    mask = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril() if masked else None
+    q, k, v = (torch.randn(2, n, T, 16, dtype=torch.bfloat16) for n in (4, 2, 2))
+    mask = torch.ones(2, 1, T, T, dtype=torch.bool).tril() if masked else None
     if masked:
         mask[:, :, 30:, 10:20] = False
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=not masked, enable_gqa=True)
