@@ -23,6 +23,7 @@ HEADER = 256                                        # int32
 # magic: (version, dtype of a token)
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype('<u2')), 20240801: (7, np.dtype('<u4'))}
 IGNORE = -100                                       # a target that is not trained on, as in F.cross_entropy
+ASKED = ('template', 'decline', 'follow', 'alike', 'traditional')      # in meta.json and checkpoints: how to ask
 
 # -----------------------------------------------------------------------------
 # writing
@@ -145,7 +146,7 @@ def install_dataset(folder: str | Path, tokenizer: AnyTokenizer, shards: dict[st
 
 def meta_text(tokenizer: AnyTokenizer, shards: dict[str, list[dict]], source: str, split: str,
               asked: dict[str, str] | tuple = ()) -> str:
-    """The content of meta.json. asked: of questions, {'template', 'decline', 'follow'}, as prepare_zh.py has them."""
+    """The content of meta.json. asked: of questions, what ASKED names, as prepare_zh.py has it."""
     meta = {'format': 1, 'tokenizer': tokenizer.kind, 'fingerprint': tokenizer.fingerprint,
             'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, **dict(asked or {'template': ''}),
             'source': source, 'split': split, 'shards': shards}
@@ -197,7 +198,7 @@ def read_meta(folder: str | Path) -> dict:
         if any(Path(shard['file']).name != shard['file'] for shards in meta['shards'].values() for shard in shards):
             raise ValueError('it names files outside its folder')
         kept = {key: meta[key] for key in ('tokenizer', 'fingerprint', 'vocab_size', 'template', 'shards')}
-        return {**kept, **{key: meta.get(key, '') for key in ('decline', 'follow')}}
+        return {**{key: meta.get(key, '') for key in ASKED}, **kept}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}); prepare the data again') from None
 

@@ -28,6 +28,7 @@ from configurator import UserError, configure, first_line      # first: from her
 import torch
 
 from checkpoint import build_model, pick_checkpoint, tokenizer_of
+from dataset import ASKED
 from download import offline
 from files import write_atomically
 from huggingface import (GPT2_NAMES, Unsupported, export_tensors, family_of, is_published, save_adapters, save_folder,
@@ -55,8 +56,8 @@ WORDS = {('ByteLevel',): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm', (QWEN2,): '
 
 def export_int8(path: str | Path, checkpoint: dict, target: Path) -> None:
     model = build_model(checkpoint, path)
-    kept = {key: checkpoint[key] for key in ('iter_num', 'config', 'tokenizer', 'tokenizer_fingerprint',
-                                             'template', 'decline', 'follow', 'start', 'eot') if key in checkpoint}
+    kept = {key: checkpoint[key] for key in ('iter_num', 'config', 'tokenizer', 'tokenizer_fingerprint', 'start',
+                                             'eot', *ASKED) if key in checkpoint}
     float_bytes = 4 * model.num_params()
     kept |= {'model': to_int8(model).state_dict(), 'model_args': model.model_args(), 'quantized': 'int8'}
     write_atomically(target, lambda f: torch.save(kept, f))

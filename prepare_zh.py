@@ -81,6 +81,12 @@ def repeated(pieces_again: Callable, weight_of: list[float]) -> Iterator[tuple]:
                 yield name, piece
 
 
+def pairs_in(name: str) -> str:
+    """The pairs of characters in a table of the set that ships, as sample.undo_slips() takes them."""
+    lines = (SHIPPED / name).read_text(encoding='utf-8').splitlines()
+    return ' '.join(line.replace('\t', '') for line in lines)
+
+
 def run(*command: str | Path) -> None:
     """A script of this project, in a process of its own; if it fails, this one ends with its exit status."""
     done = subprocess.run([sys.executable, *map(str, command)])
@@ -150,7 +156,10 @@ def main():
     pairs = repeated(split_documents, given)
     if with_masks:
         pairs = shuffled_rows(pairs, random.Random(seed))
-    asked = {'template': template, 'decline': decline} if with_masks else {}
+    asked = {}
+    if with_masks:
+        asked = {'template': template, 'decline': decline, 'alike': pairs_in('slips.tsv'),
+                 'traditional': pairs_in('traditional.tsv')}
     if with_masks and any((follow, True) in piece.segments for piece in documents('looking for second questions')):
         asked['follow'] = follow
     write_dataset(out, codec, pairs, ', '.join(p.name for p in named[:5]) or download,

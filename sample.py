@@ -15,6 +15,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import permutations
 from pathlib import Path
 
 from configurator import UserError, configure, first_line      # first: from here on, Ctrl-C is quiet
@@ -22,6 +23,7 @@ from configurator import UserError, configure, first_line      # first: from her
 import torch
 
 from checkpoint import load_for_use
+from dataset import ASKED
 from device import pick_device, pick_dtype
 from model import GPT, for_any_shape
 from tokenizer import AnyTokenizer
@@ -66,6 +68,7 @@ STYLES = {          # temperature, top_k, top_p
     'wild': (1.3, 0, 1.0),
 }
 NAMELESS = 0.1      # from this chance on that a question names nothing (还有呢？) it is about what was said before
+SURE_AGAIN = 0.9    # `sure`, for what may have been meant by a question with a slip of the pen
 
 
 @for_any_shape
@@ -135,22 +138,30 @@ def generate_texts(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, templa
 
 
 def manners(source: dict) -> dict[str, str]:
-    """How questions are asked of a model, by its checkpoint or its data's meta.json: {'template', 'decline', 'follow'}
-    for generate_answers(), '' where there is none."""
-    return {key: source.get(key, '') for key in ('template', 'decline', 'follow')}
+    """How questions are asked of a model, by its checkpoint or its data's meta.json: what ASKED names, for
+    generate_answers(), '' where there is none."""
+    return {key: source.get(key, '') for key in ASKED}
 
 
 def generate_answers(prompts: list, model: GPT, tokenizer: AnyTokenizer, *, decline: str = '', follow: str = '',
-                     batch_size: int = 64, on_follow: Callable | None = None, **options) -> list[str]:
+                     alike: str = '', traditional: str = '', batch_size: int = 64,
+                     on_follow: Callable | None = None, **options) -> list[str]:
     """generate_texts for questions, of which some are lists of turns. Such a one is first asked by itself; if `follow`
     has there a probability of NAMELESS or more, as it is trained to have where a question names nothing, it is asked
     behind the turns before it, too, unless it is declined there. on_follow(i) is told that the answer to question i is
-    about what was said before. Without `follow`, `decline` takes its place."""
-    def ask(questions):
-        return generate_texts(questions, model, tokenizer, decline=decline, batch_size=batch_size, **options)
+    about what was said before. Without `follow`, `decline` takes its place. What is declined by itself is asked again
+    as it may have been meant, see undo_slips(); there the model must be surer of the answer, by SURE_AGAIN."""
+    def ask(questions, **more):
+        return generate_texts(questions, model, tokenizer, decline=decline, batch_size=batch_size, **options | more)
 
+    alone = [p if isinstance(p, str) else p[-1] for p in prompts]
     asking_back = tokenizer.encode(follow or decline) + [tokenizer.eot]
-    answers, behind = ask([p if isinstance(p, str) else p[-1] for p in prompts]), []
+    answers, behind = ask(alone), []
+    meant = [(i, question) for i, answer in enumerate(answers) if answer == decline
+             for question in undo_slips(alone[i], alike, traditional)]
+    for (i, _), answer in zip(meant, ask([question for _, question in meant], sure=SURE_AGAIN), strict=True):
+        if answers[i] == decline and answer != follow:
+            answers[i] = answer
     turns = [i for i, p in enumerate(prompts) if not isinstance(p, str) and len(p) > 1]
     for first in range(0, len(turns), batch_size):
         some = turns[first:first + batch_size]
@@ -253,6 +264,20 @@ def normalize_question(text: str) -> str:
     return re.sub(f'(?<={HAN})[,?!:;]', lambda mark: chr(ord(mark[0]) + 0xfee0), text)
 
 
+def undo_slips(question: str, alike: str, traditional: str) -> list[str]:
+    """What may have been meant: `question` in simplified characters, and with each character put for one that it may be
+    mistyped for, or left out if it is there twice. alike: pairs of characters that are mistyped for each other;
+    traditional: pairs of a simplified one and its traditional one; with spaces between the pairs."""
+    plain = question.translate({ord(pair[1]): pair[0] for pair in traditional.split()})
+    others: dict[str, str] = {}
+    for pair in alike.split():
+        for a, b in permutations(pair):
+            others[a] = others.get(a, '') + b
+    found = [plain[:i] + other + plain[i + 1:] for i, c in enumerate(plain) for other in others.get(c, '')]
+    found += [plain[:i] + plain[i + 1:] for i in range(1, len(plain)) if plain[i] == plain[i - 1]]
+    return [plain] * (plain != question) + found
+
+
 def begins_badly(text: str) -> bool:
     """Whether no answer begins like this: nothing, white space, or punctuation that opens nothing."""
     return not text.strip() or text[0].isspace() or unicodedata.category(text[0]) in ('Pc', 'Pd', 'Pe', 'Pf', 'Po')
@@ -313,8 +338,8 @@ def main():
     chosen_device = pick_device(device)
     model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, chosen_device,
                                                              pick_dtype(dtype, chosen_device))
-    template, decline, follow = manners({} if raw else checkpoint).values()
-    decline = decline if sure else ''
+    manner = manners({} if raw else checkpoint)
+    template, decline = manner['template'], manner['decline'] if sure else ''
     print(description, file=sys.stderr)
 
     followed = []           # filled if the last question was about what was said before, such as 还有呢？
@@ -322,7 +347,7 @@ def main():
     def answer(prompts, before=()):
         """The texts for `prompts`, num_samples each, streamed to the terminal if there is one text and a terminal.
         before: questions and answers that are still in mind."""
-        options = sampling_options(config, exact=bool(decline)) | dict(template=template, decline=decline)
+        options = sampling_options(config, exact=bool(decline))
         each = [p for p in prompts for _ in range(num_samples)]
         streaming = len(each) == 1 and sys.stdout.isatty() and not decline
         shown = len(heading(0, each[0])) if streaming else 0
@@ -339,9 +364,10 @@ def main():
         start = time.perf_counter()
         asked = [[*before, in_room(p)] for p in each] if template else each
         if decline:
-            texts = generate_answers(asked, model, tokenizer, follow=follow, on_follow=followed.append, **options)
+            texts = generate_answers(asked, model, tokenizer, on_follow=followed.append, **manner, **options)
         else:
-            texts = generate_texts(asked, model, tokenizer, on_text=show if streaming else None, **options)
+            texts = generate_texts(asked, model, tokenizer, template=template, on_text=show if streaming else None,
+                                   **options)
         seconds = max(time.perf_counter() - start, 1e-9)
         if streaming:
             print((heading(0, each[0]) + texts[0])[shown:])
@@ -390,7 +416,8 @@ def main():
                 continue
             if template and not decline:
                 before = [*before, *results[-1]]
-            elif decline and results[-1][1] != follow and not followed:     # such a model knows one question before
+            elif decline and results[-1][1] != manner['follow'] and not followed:
+                # such a model knows one question before
                 before = results[-1] if results[-1][1] != decline else []
     else:
         results = answer(prompts)

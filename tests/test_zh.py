@@ -26,7 +26,7 @@ from eval_zh import SETS, as_question, count, evaluate, load_questions
 from model import GPT, GPTConfig
 import sample
 from sample import (begins_badly, conversation, generate_answers, generate_texts, manners, normalize_question,
-                    not_first, probabilities)
+                    not_first, probabilities, undo_slips)
 from scripts import ROOT, run
 from tokenizer import train_bpe
 
@@ -216,8 +216,9 @@ def test_exactly_the_answers_and_their_ends_are_trained_on(tmp_path):
     assert sorted(trained_texts(tmp_path / 'made', block_size=160)) == sorted(
         [*first, *(row['completion'] for row in rows('train'))])
     assert sorted(trained_texts(tmp_path / 'made', 'val')) == sorted(row['completion'] for row in rows('val'))
-    asked = {'template': '{prompt}\n', 'decline': UNKNOWN, 'follow': build.FOLLOW}
-    assert manners(read_meta(tmp_path / 'made')) == asked
+    asked = manners(read_meta(tmp_path / 'made'))
+    assert (asked['template'], asked['decline'], asked['follow']) == ('{prompt}\n', UNKNOWN, build.FOLLOW)
+    assert '力里' in asked['alike'].split() and '机機' in asked['traditional'].split()
     # the same bytes again
     made(tmp_path, out='again')
     for path in (tmp_path / 'made').iterdir():
@@ -457,6 +458,31 @@ def test_what_names_nothing_is_asked_again_behind_what_was_said(monkeypatch):
     said['还有呢？'] = '不知道。'               # a model that has not learned to tell the one from the other
     answers = generate_answers(asked, None, bpe, **options)
     assert answers == ['不知道。', '傍晚是红色。', '不知道。', '不知道。']
+
+
+def test_a_slip_is_undone_in_every_way_it_may_have_come_about():
+    assert undo_slips('注意里机制', '力里 机几 里理', '') == ['注意力机制', '注意理机制', '注意里几制']
+    assert undo_slips('什麼是機器學習？', '', '么麼 机機 习習 学學') == ['什么是机器学习？']
+    assert undo_slips('黑黑洞', '洞动', '') == ['黑黑动', '黑洞']
+    assert undo_slips('学習', '习系', '习習') == ['学习', '学系']           # simplified first, then what it may be
+    assert undo_slips('天空？', '力里', '机機') == []
+
+
+def test_what_is_declined_is_asked_again_as_it_may_have_been_meant(monkeypatch):
+    said = {'天空？': ('蓝色。', 0.5), '大梅？': ('不知道。', 1), '大海？': ('咸的。', 0.95), '禾苗？': ('不知道。', 1),
+            '木苗？': ('绿的。', 0.85), '还有泥？': ('不知道。', 1), '还有呢？': ('什么？', 0.99)}
+    asked = []
+
+    def answers(prompts, *_, sure, **__):
+        asked.append(prompts)
+        return ['不知道。' if said[p][1] < sure else said[p][0] for p in prompts]
+
+    monkeypatch.setattr(sample, 'generate_texts', answers)
+    bpe = train_bpe(['还有呢？' * 50], 300)
+    options = dict(decline='不知道。', follow='什么？', alike='天夭 海梅 禾木 呢泥', sure=0.1)
+    found = generate_answers(['天空？', '大梅？', '禾苗？', '还有泥？'], None, bpe, **options)
+    assert found == ['蓝色。', '咸的。', '不知道。', '不知道。']      # 0.85 is not sure enough, and 什么？ no answer
+    assert asked[1] == ['大海？', '木苗？', '还有呢？']               # and nothing else
 
 
 def test_the_work_of_evaluating_is_divided_without_loss(tmp_path):
