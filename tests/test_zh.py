@@ -22,7 +22,7 @@ from hub import Hub
 from checkpoint import (BEST, FINAL, LATEST, average_with, build_model, load_checkpoint, save_checkpoint,
                         tokenizer_of)
 from dataset import TokenDataset, dataset_tokenizer, read_meta
-from eval_zh import SETS, as_question, count, evaluate, load_questions
+from eval_zh import SETS, as_question, count, evaluate, load_questions, read_questions
 from model import GPT, GPTConfig
 import sample
 from sample import (begins_badly, conversation, generate_answers, generate_texts, manners, normalize_question,
@@ -533,11 +533,12 @@ def test_the_recipe_answers_questions_it_has_never_seen(tmp_path):
     checkpoint = load_checkpoint(tmp_path / 'out/zh/final_checkpoint.pt')
     model, tokenizer = build_model(checkpoint), tokenizer_of(checkpoint)
     asked = manners(checkpoint)
-    n = count(evaluate(model, tokenizer, asked, load_questions(small)), asked)
+    learned = {row['completion'] for row in read_questions(small / 'train.jsonl')}
+    n = count(evaluate(model, tokenizer, asked, load_questions(small)), asked, learned)
     share = {name: n[name]['right'] / n[name]['total'] for name in n}
     print(n)
     assert share['heldout'] >= 0.85 and share['heldout_forms'] >= 0.6 and share['heldout_unknown'] >= 0.6, n
-    assert all(n[name]['noise'] <= 0.03 * n[name]['total'] + 1 for name in n), n
+    assert sum(of['noise'] for of in n.values()) <= 0.01 * sum(of['total'] for of in n.values()), n
 
 
 def test_ones_own_facts_are_asked_in_many_ways_among_what_is_known(tmp_path):
