@@ -41,9 +41,9 @@ from checkpoint import build_model, pick_checkpoint
 from dataset import find_dataset
 from device import DTYPES, PEAK_TFLOPS, autocast, peak_flops, pick_compile, pick_device, pick_dtype
 from files import write_text_atomically
+from layers import to_int8
 from model import GPT, PRESETS, GPTConfig, for_any_shape
 from peers import run_to_its_end, serve, timed
-from quantize import to_int8
 
 # -----------------------------------------------------------------------------
 what = ''                   # train, decode, hellaswag, memory, busy, tokenize, shakespeare, or all; '' = ours alone

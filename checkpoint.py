@@ -19,9 +19,8 @@ from dataset import dataset_tokenizer, find_dataset
 from device import DTYPES, from_everyone, load_optimizer
 from files import beside, replace, write_atomically
 from huggingface import GPT2_NAMES, is_published, load_published, near_folder, same_model
-from lora import add_adapters, merge_adapters
+from layers import add_adapters, merge_adapters, to_int8
 from model import GPT, GPTConfig
-from quantize import to_int8
 from tokenizer import AnyTokenizer, from_state
 
 LATEST, BEST, FINAL = 'checkpoint.pt', 'best_checkpoint.pt', 'final_checkpoint.pt'

@@ -33,8 +33,8 @@ from download import offline
 from files import write_atomically
 from huggingface import (GPT2_NAMES, Unsupported, export_tensors, family_of, is_published, save_adapters, save_folder,
                          tokenizer_files)
+from layers import to_int8
 from model import GPT
-from quantize import to_int8
 from tokenizer import AnyTokenizer
 
 # -----------------------------------------------------------------------------

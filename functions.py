@@ -96,22 +96,6 @@ class RMSNormOnCPU(torch.autograd.Function):
         return grad_x.addcmul_(mean, r).to(x.dtype), None if w is None else grad_w.to(weight.dtype), None
 
 
-class Linear(torch.nn.Linear):
-    """nn.Linear, but with the weights as the first factor for up to four rows in float32 on a CPU, as in decoding.
-    To read the weights is all the work there, and MKL may take two to four times as long over the same product the
-    other way round, or with a single column (on AMD it does)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        few = x.reshape(-1, self.in_features)                               # (N, I)
-        n = len(few)
-        if n > 4 or not (torch.is_inference_mode_enabled() and x.device.type == 'cpu'
-                         and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')):
-            return super().forward(x)
-        few = few if n > 1 else torch.cat([few, few])
-        y = (self.weight @ few.t()).t()[:n].contiguous()                    # (N, O)
-        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], self.out_features)
-
-
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """x with each element 0 with probability p, and the others divided by 1 - p; Srivastava et al. 2014."""
     if p == 0:

@@ -391,7 +391,7 @@ def tokenizer_files(tokenizer: AnyTokenizer, start: list[int], block_size: int, 
     elif template:
         before, behind = (json.dumps(part, ensure_ascii=False) for part in template.split('{prompt}', 1))
         bos = '{{ bos_token }}' if start else ''    # for nothing is put before what a template has made
-        settings['chat_template'] = (               # as sample.conversation() has it
+        settings['chat_template'] = (               # as tokenizer.conversation() has it
             f"{bos}{{% for m in messages %}}{{% if m['role'] == 'assistant' %}}{{{{ m['content'] + '\\n' }}}}"
             f"{{% else %}}{{{{ {before} + m['content'] + {behind} }}}}{{% endif %}}{{% endfor %}}")
     return {'tokenizer.json': bpe.to_str(), 'tokenizer_config.json': json.dumps(settings, indent=2) + '\n'}

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from functions import Linear, LinearCrossEntropy, Muon, dropout, rms_norm, token_losses
-from lora import add_adapters
-from quantize import Int8Linear
+from functions import LinearCrossEntropy, Muon, dropout, rms_norm, token_losses
+from layers import Int8Linear, Linear, add_adapters
 
 # Shapes by name: `GPTConfig(**PRESETS['gpt2'])`, or `python train.py --preset=gpt2`.
 PRESETS: dict[str, dict] = {

@@ -319,7 +319,7 @@ def draw_attention(figure: Any, weights: Any, labels: list[str], title: str) -> 
 
 def show_prompt() -> None:
     from checkpoint import load_for_use
-    from sample import encode_prompt
+    from tokenizer import encode_prompt
     model, tokenizer, checkpoint, description = load_for_use(init_from, out_dir, 'cpu', 'float32')
     print(description, file=sys.stderr)
     n_layer, template = model.config.n_layer, checkpoint.get('template', '')

@@ -1,4 +1,5 @@
-"""Text to token ids and back: characters, a trained byte-level BPE, or GPT-2's BPE, behind one small interface.
+"""Text to token ids and back: characters, a trained byte-level BPE, or GPT-2's BPE, behind one small interface; and how
+a question, or a conversation, is written down for a model that was trained on such.
 
 Every tokenizer has
     kind            'char', 'bpe' or 'gpt2'
@@ -16,15 +17,17 @@ Every tokenizer has
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, first_line
 from download import DownloadError, hub_download, offline
 
 END_OF_TEXT = '<|endoftext|>'
@@ -273,3 +276,79 @@ def load_tokenizer(path: str | Path) -> AnyTokenizer:
         with contextlib.suppress(UserError):        # GPT-2's own, under the name that our data sets know it by
             return gpt2_tokenizer()
     return tokenizer
+
+
+# -----------------------------------------------------------------------------
+# questions and conversations
+
+# full-width digits and letters, and the ideographic space, to the half-width ones
+HALF = {c: c - 0xfee0 for a, z in ('０９', 'ＡＺ', 'ａｚ') for c in range(ord(a), ord(z) + 1)} | {0x3000: ' '}
+HAN = '[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]'      # Chinese characters and the marks between them
+
+
+def encode_prompt(prompt: str | list[str], tokenizer: AnyTokenizer, template: str = '', system: str = '') -> list[int]:
+    """The ids that a model reads before it goes on. prompt: a text; or with a template, which the model was trained on,
+    a question, or turns [question, answer, question, ...], of which the last is asked. A template either has a place
+    '{prompt}' for each question, or is a chat template in jinja. system: what is said before all of it."""
+    turns = [prompt] if isinstance(prompt, str) else prompt
+    if not template:
+        ids = tokenizer.start + tokenizer.encode(turns[-1])                 # as every document started in training
+        return ids or ([tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n'))
+    if '{prompt}' in template:
+        return tokenizer.start + tokenizer.encode(conversation(template, turns, system))
+    control = '|'.join(map(re.escape, tokenizer.special_tokens())) or '$^'  # nobody types these into a chat
+    messages = [{'role': 'system', 'content': system}] if system else []
+    messages += [{'role': ('user', 'assistant')[i % 2], 'content': re.sub(control, '', turn)}
+                 for i, turn in enumerate(turns)]
+    return tokenizer.encode(render_chat(template, messages), special=True)
+
+
+def conversation(template: str, turns: str | list[str], system: str = '') -> str:
+    """The text that asks a question: each of `turns` is normalized, put into the template's place '{prompt}', and
+    followed by its answer."""
+    *before, question = [turns] if isinstance(turns, str) else turns
+    asked = [*before[::2], question]
+    asked[0] = f'{system}\n{asked[0]}' if system else asked[0]
+    asked = [template.replace('{prompt}', normalize_question(q)) for q in asked]
+    return ''.join(q + a + '\n' for q, a in zip(asked, before[1::2], strict=False)) + asked[-1]
+
+
+@functools.lru_cache
+def _chat_environment():
+    """What transformers renders chat templates in: a sandbox, in which a template reaches and changes nothing."""
+    from jinja2 import TemplateError, ext, nodes, sandbox
+
+    class Generation(ext.Extension):            # {% generation %}, which says what an assistant says
+        tags = {'generation'}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(['name:endgeneration'], drop_needle=True), lineno=line)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                        extensions=[Generation, ext.loopcontrols])
+    environment.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals |= {'raise_exception': raise_exception,
+                            'strftime_now': lambda format: time.strftime(format)}
+    return environment
+
+
+def render_chat(template: str, messages: list[dict]) -> str:
+    """The text of a chat, up to where the assistant is to speak, by a chat template in jinja.
+    messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. Raises UserError if the template, which
+    came with the model, has mistakes, refuses these messages, or reaches for what is none of its business."""
+    try:
+        return _chat_environment().from_string(template).render(messages=messages, add_generation_prompt=True,
+                                                               tools=None, documents=None)
+    except Exception as e:                      # whatever a stranger's code may raise
+        raise UserError(f'the chat template of this model does not work for this conversation: {first_line(e)}\n'
+                        'go on without it: --raw=true') from None
+
+
+def normalize_question(text: str) -> str:
+    """A question as those in training are written: half-width letters and digits, full-width marks, no stray spaces."""
+    text = re.sub(f'(?<={HAN}) +| +(?={HAN})', '', text.translate(HALF).strip())
+    return re.sub(f'(?<={HAN})[,?!:;]', lambda mark: chr(ord(mark[0]) + 0xfee0), text)

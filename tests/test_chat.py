@@ -16,9 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from configurator import UserError
 from huggingface import load_published, read_chat_template, save_folder
 from model import GPT, GPTConfig
-from sample import encode_prompt, render_chat
 from scripts import ROOT, patched, run
-from tokenizer import from_state, load_tokenizer, train_bpe
+from tokenizer import encode_prompt, from_state, load_tokenizer, render_chat, train_bpe
 
 with suppress(ImportError):         # Windows has no such terminals
     import fcntl

@@ -18,8 +18,8 @@ import hellaswag
 from checkpoint import save_checkpoint
 from configurator import UserError
 from hellaswag import FILE, N_OFFICIAL, count, count_right, evaluate, fit, load_questions, smallest
+from layers import to_int8
 from model import GPT, GPTConfig
-from quantize import to_int8
 from scripts import ROOT, run
 from tokenizer import gpt2_tokenizer, train_char
 

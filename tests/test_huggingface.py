@@ -21,9 +21,9 @@ from hub import Hub
 from huggingface import (Unsupported, is_published, load_published, read_config, same_model, save_folder,
                          tokenizer_files)
 from model import GPT, GPTConfig
-from sample import conversation, generate_texts
+from sample import generate_texts
 from scripts import ROOT, run
-from tokenizer import gpt2_tokenizer, train_bpe, train_char
+from tokenizer import conversation, gpt2_tokenizer, train_bpe, train_char
 
 TEXT = 'The first thing to note is that the class is created before the name is bound to it. 龍飛鳳舞 naïve — x=1\n'
 LLAMA = dict(vocab_size=300, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,

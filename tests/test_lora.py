@@ -12,7 +12,7 @@ import torch
 from checkpoint import build_model, load_checkpoint
 from export import export_lora
 from huggingface import Unsupported, load_published, save_folder
-from lora import add_adapters, merge_adapters
+from layers import add_adapters, merge_adapters
 from model import GPT, PRESETS, GPTConfig
 from scripts import run
 from tokenizer import train_bpe

@@ -9,6 +9,7 @@ import transformers
 from torch.nn import functional as F
 
 import functions
+import layers
 import model
 from functions import LinearCrossEntropy, dropout, rms_norm
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_table, sample_next
@@ -314,7 +315,7 @@ def test_rope_turns_pairs_by_position_and_keeps_relative_angles():
 @pytest.mark.parametrize('bias', [True, False])
 def test_a_few_rows_in_decoding_are_multiplied_as_by_torchs_linear(bias, monkeypatch):
     torch.manual_seed(0)
-    linear = functions.Linear(96, 160, bias=bias)
+    linear = layers.Linear(96, 160, bias=bias)
     exact = torch.nn.Linear(96, 160, bias=bias)
     exact.load_state_dict(linear.state_dict())
     exact, left_to_torch, theirs = exact.double(), [], torch.nn.Linear.forward

@@ -20,8 +20,8 @@ from corpus import _pieces_of, _safe_cut, read_file
 from dataset import ShardWriter, TokenDataset, divide_batch, open_shard, read_meta, shuffled
 from files import write_atomically
 from hellaswag import load_questions
-from sample import _settled, begins_badly, normalize_question
-from tokenizer import from_state, gpt2_tokenizer, load_tokenizer, train_bpe, train_char
+from sample import _settled, begins_badly
+from tokenizer import from_state, gpt2_tokenizer, load_tokenizer, normalize_question, train_bpe, train_char
 
 settings.register_profile('here', max_examples=int(os.environ.get('EXAMPLES', 150)), deadline=None, database=None,
                           derandomize='EXAMPLES' not in os.environ, suppress_health_check=list(HealthCheck))

@@ -1,13 +1,12 @@
 """int8 weights: how far from the float ones, how large, and that they are used as any other checkpoint."""
 
-
 import pytest
 import torch
 
-import quantize
+import layers
 from checkpoint import build_model, load_checkpoint, save_checkpoint
+from layers import Int8Linear, quantize_rows, to_int8
 from model import GPT, PRESETS, GPTConfig, KVCache
-from quantize import Int8Linear, quantize_rows, to_int8
 from scripts import run
 from tokenizer import train_bpe
 
@@ -26,8 +25,8 @@ def test_rows_are_rounded_to_the_nearest_of_255_steps():
 @pytest.mark.parametrize('way', ['fast', 'reduced', 'plain'])
 def test_a_layer_is_within_two_percent_of_its_float_self(way, monkeypatch):
     if way == 'plain':
-        monkeypatch.setattr(quantize, 'pack', lambda *_: None)   # as on a CPU without the kernel
-    monkeypatch.setattr(quantize, 'REDUCE_RANGE', way == 'reduced')         # as on one without VNNI
+        monkeypatch.setattr(layers, 'pack', lambda *_: None)   # as on a CPU without the kernel
+    monkeypatch.setattr(layers, 'REDUCE_RANGE', way == 'reduced')         # as on one without VNNI
     torch.manual_seed(0)
     linear = torch.nn.Linear(256, 300)
     layer = Int8Linear(linear)
@@ -39,7 +38,7 @@ def test_a_layer_is_within_two_percent_of_its_float_self(way, monkeypatch):
 
 
 def test_without_a_kernel_the_float_weights_are_made_once(monkeypatch):
-    monkeypatch.setattr(quantize, 'pack', lambda *_: None)
+    monkeypatch.setattr(layers, 'pack', lambda *_: None)
     layer = Int8Linear(torch.nn.Linear(256, 300))
     first = layer(torch.ones(1, 256))
     layer.scale.mul_(2)                                     # nobody looks at this any more

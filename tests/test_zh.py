@@ -25,10 +25,9 @@ from dataset import TokenDataset, dataset_tokenizer, read_meta
 from eval_zh import SETS, as_question, count, evaluate, load_questions, read_questions
 from model import GPT, GPTConfig
 import sample
-from sample import (begins_badly, conversation, generate_answers, generate_texts, manners, normalize_question,
-                    not_first, probabilities, undo_slips)
+from sample import begins_badly, generate_answers, generate_texts, manners, not_first, probabilities, undo_slips
 from scripts import ROOT, run
-from tokenizer import train_bpe
+from tokenizer import conversation, normalize_question, train_bpe
 
 DATA = ROOT / 'data' / 'zh_qa'
 FILES = ('train', 'val', *SETS)
